@@ -1,0 +1,120 @@
+"""The whole network: embedding → blocks → final norm → head.
+
+Module and parameter names are the original's, so `state_dict` keys are the names in the checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..config import ModelConfig
+from .attention import Attend, Cache, KeyValue, plain_attention
+from .block import Block
+from .prefix import PrefixEncoder
+from .rotary import rotary_table
+
+
+class Transformer(nn.Module):
+    """Everything but the head. Source: GLM (ACL 2022) §2; spec/chatglm-6b.md §3."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_encoding == "learned_2d":
+            self.position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
+            self.block_position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        if config.pre_seq_len is not None:
+            self.prefix_encoder = PrefixEncoder(config)
+
+    def forward(
+        self,
+        ids: Tensor | None,
+        positions: Tensor,
+        blocked: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        attend: Attend = plain_attention,
+        keep_hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [batch, query, hidden].
+
+        ids          int64 [batch, query], or None with `embeddings` [batch, query, hidden]
+        positions    int64 [batch, 2, query], or [batch, query] for rotary_1d
+        blocked      bool [batch or 1, 1, query, key], True = may not look; key counts cached tokens, a P-tuning prefix
+                     only if the cache already holds it. None: every token sees everything
+        keep_hidden  receives the input of every layer
+        """
+        hidden = self.word_embeddings(ids) if embeddings is None else embeddings
+        rotary = None
+        if self.config.position_encoding == "learned_2d":
+            hidden = hidden + self.position_embeddings(positions[:, 0]) + self.block_position_embeddings(positions[:, 1])
+        else:
+            rotary = rotary_table(positions, self.config)
+        prefixes, blocked = self._prefixes(hidden, blocked, cache)
+        for layer, prefix in zip(self.layers, prefixes, strict=True):
+            if keep_hidden is not None:
+                keep_hidden.append(hidden)
+            if self.gradient_checkpointing and self.training:
+                hidden = checkpoint(
+                    layer, hidden, rotary, blocked, cache, prefix, attend, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = layer(hidden, rotary, blocked, cache, prefix, attend)
+        output: Tensor = self.final_layernorm(hidden)
+        return output
+
+    def _prefixes(
+        self, hidden: Tensor, blocked: Tensor | None, cache: Cache | None
+    ) -> tuple[Sequence[KeyValue | None], Tensor | None]:
+        """The P-tuning prefix of each layer, once, and the mask widened over it."""
+        if self.config.pre_seq_len is None or (cache is not None and cache.length > 0):
+            return [None] * self.config.num_layers, blocked
+        prefixes = list(self.prefix_encoder.key_values(hidden.shape[0], hidden.dtype))
+        if blocked is not None:
+            blocked = nn.functional.pad(blocked, (self.config.pre_seq_len, 0), value=False)
+        return prefixes, blocked
+
+
+class GLM(nn.Module):
+    """The language model: Transformer and output head, tied to the embedding unless the config says otherwise."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Let the head share the embedding's weight (again, after either was replaced)."""
+        if self.config.tied_head:
+            self.lm_head.weight = self.transformer.word_embeddings.weight
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 scores [..., vocab] of hidden states [..., hidden]."""
+        output: Tensor = self.lm_head(hidden)
+        return output.float()
+
+    def forward(
+        self, ids: Tensor, positions: Tensor, blocked: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """fp32 logits [batch, query, vocab]; arguments as for Transformer."""
+        return self.logits(self.transformer(ids, positions, blocked, cache))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that activations have (that of the norms; quantised linears compute in it too)."""
+        return self.transformer.final_layernorm.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.final_layernorm.weight.device
