@@ -75,7 +75,14 @@ class ModelConfig:
     torch_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "inner_hidden_size", "max_sequence_length"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "inner_hidden_size",
+            "max_sequence_length",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ConfigError(f"config: `{name}` is {value!r}; it must be a positive whole number")
@@ -84,7 +91,9 @@ class ModelConfig:
         rotary_parts = {"rotary_2d": 4, "rotary_1d": 2, "learned_2d": 1}
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"config: `{name}` is {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}")
+                raise ConfigError(
+                    f"config: `{name}` is {getattr(self, name)!r}; allowed: {', '.join(map(str, allowed))}"
+                )
         if self.head_dim % rotary_parts[self.position_encoding]:
             raise ConfigError(
                 f"config: head size {self.head_dim} (hidden_size {self.hidden_size} / {self.num_heads} heads) is not a "
@@ -169,7 +178,15 @@ _ORIGINAL_DEFAULTS: dict[str, Any] = {
 }
 
 # Switches beyond the original's keys, written only where they differ from ChatGLM's values.
-_OWN_KEYS = ("rotary_base", "answer_positions", "norm_order", "residual_scale", "qkv_layout", "mlp", "position_encoding")
+_OWN_KEYS = (
+    "rotary_base",
+    "answer_positions",
+    "norm_order",
+    "residual_scale",
+    "qkv_layout",
+    "mlp",
+    "position_encoding",
+)
 
 _BOOKKEEPING = frozenset(
     """_name_or_path name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache
@@ -286,7 +303,9 @@ def read_config(path: str | Path) -> ModelConfig:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file", cure="a checkpoint folder holds config.json beside its weights") from error
+        raise ConfigError(
+            f"{path}: no such file", cure="a checkpoint folder holds config.json beside its weights"
+        ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{path}: not readable as JSON ({error})", cure="download config.json again") from error
     if not isinstance(raw, dict):

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ..config import ModelConfig
 from .attention import Attend, Attention, Cache, KeyValue, plain_attention
+from .linear import LayerNorm, Linear
 from .rotary import Rotary
 
 
@@ -21,8 +22,8 @@ class FeedForward(nn.Module):
         super().__init__()
         self.is_gated = config.mlp == "geglu"
         width = config.inner_hidden_size * (2 if self.is_gated else 1)
-        self.dense_h_to_4h = nn.Linear(config.hidden_size, width)
-        self.dense_4h_to_h = nn.Linear(config.inner_hidden_size, config.hidden_size)
+        self.dense_h_to_4h = Linear(config.hidden_size, width)
+        self.dense_4h_to_h = Linear(config.inner_hidden_size, config.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         inner = self.dense_h_to_4h(hidden)  # [batch, tokens, inner]
@@ -42,9 +43,9 @@ class Block(nn.Module):
         super().__init__()
         self.residual_is_normalised = config.norm_order == "post_scaled"
         self.residual_scale = config.residual_scale if self.residual_is_normalised else 1.0
-        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.input_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.attention = Attention(config, layer)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.post_attention_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.mlp = FeedForward(config)
 
     def add_residual(self, hidden: Tensor, normalised: Tensor, branch: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig
 from .attention import Attend, Cache, KeyValue, plain_attention
 from .block import Block
+from .linear import LayerNorm, Linear, activation_dtype
 from .prefix import PrefixEncoder
 from .rotary import rotary_table
 
@@ -30,7 +31,7 @@ class Transformer(nn.Module):
             self.position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
             self.block_position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
+        self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config)
 
@@ -54,9 +55,12 @@ class Transformer(nn.Module):
         keep_hidden  receives the input of every layer
         """
         hidden = self.word_embeddings(ids) if embeddings is None else embeddings
+        hidden = hidden.to(activation_dtype(hidden.dtype, hidden.device))
         rotary = None
         if self.config.position_encoding == "learned_2d":
-            hidden = hidden + self.position_embeddings(positions[:, 0]) + self.block_position_embeddings(positions[:, 1])
+            hidden = (
+                hidden + self.position_embeddings(positions[:, 0]) + self.block_position_embeddings(positions[:, 1])
+            )
         else:
             rotary = rotary_table(positions, self.config)
         prefixes, blocked = self._prefixes(hidden, blocked, cache)
@@ -91,7 +95,7 @@ class GLM(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_head()
 
     def tie_head(self) -> None:
@@ -112,8 +116,8 @@ class GLM(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that activations have (that of the norms; quantised linears compute in it too)."""
-        return self.transformer.final_layernorm.weight.dtype
+        """The dtype of activations and of a KV cache (fp32 for fp16 weights on a CPU)."""
+        return activation_dtype(self.transformer.final_layernorm.weight.dtype, self.device)
 
     @property
     def device(self) -> torch.device:

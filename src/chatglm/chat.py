@@ -1,0 +1,270 @@
+"""Conversations on top of the engine: `load`, then `ChatModel.chat`, `stream_chat` and `generate`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import hub
+from .config import ModelConfig
+from .engine.beam import beam_search
+from .engine.kv_cache import KVCache
+from .engine.loading import LoadedModel, Progress, load_model
+from .engine.placement import free_memory, physical_cores
+from .engine.runner import Runner
+from .engine.sampler import Sampler
+from .engine.sampling import SamplingParams
+from .engine.scheduler import Engine
+from .engine.sequence import FinishReason, Sequence
+from .errors import RequestError
+from .tokenizer import Tokenizer, template
+from .tokenizer.answer_text import AnswerText
+
+History = ListLike[tuple[str, str]]
+"""Earlier rounds, oldest first: (question, answer)."""
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "mini"
+
+CACHED_SEQUENCES = 8
+"""Full-length sequences that the KV cache holds by default, where memory allows."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of one answer, and how many of the oldest rounds did not fit into the context."""
+
+    context_tokens: int
+    answer_tokens: int
+    dropped_rounds: int = 0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A complete answer.
+
+    text           post-processed as the original does (Chinese punctuation, edge spaces)
+    history        the rounds before and this one
+    finish_reason  stop, length, cancelled or error
+    seed           repeats this answer
+    error          what went wrong, when finish_reason is error
+    """
+
+    text: str
+    history: list[tuple[str, str]]
+    finish_reason: FinishReason
+    usage: Usage
+    seed: int
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A piece of a streamed answer; `reply` comes with the last one. Pieces join to `reply.text`."""
+
+    text: str
+    reply: Reply | None = None
+
+
+def load(
+    source: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    revision: str | None = None,
+    threads: int | None = None,
+    max_cached_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> ChatModel:
+    """Load a model: a checkpoint folder, the name of one on the hub (already pulled), or None for the embedded model.
+
+    dtype              auto, fp32, fp16, bf16, int8 or int4
+    device             auto, cpu, cuda, cuda:N or mps
+    revision           of a hub name: branch, tag or commit
+    threads            CPU threads; all physical cores by default
+    max_cached_tokens  size of the KV cache in tokens; by default eight full-length sequences where memory allows
+    Raises a ChatGLMError that names the file, the numbers and the cure.
+    """
+    if threads is not None and threads < 1:
+        raise RequestError(f"threads is {threads}; it must be at least 1")
+    torch.set_num_threads(threads or physical_cores())
+    folder = EMBEDDED_MODEL if source is None else hub.resolve(str(source), revision=revision)
+    return ChatModel(load_model(folder, dtype, device, progress=progress), max_cached_tokens=max_cached_tokens)
+
+
+class ChatModel:
+    """A loaded model that answers. Calls from several threads are run one after the other."""
+
+    def __init__(self, loaded: LoadedModel, *, max_cached_tokens: int | None = None) -> None:
+        self.loaded = loaded
+        self.config: ModelConfig = loaded.config
+        self.tokenizer: Tokenizer = loaded.tokenizer
+        model = loaded.model
+        capacity = max_cached_tokens or default_cache_tokens(loaded)
+        runner = Runner(model, KVCache(loaded.config, capacity, model.dtype, model.device))
+        no_piece = torch.tensor(
+            [self.tokenizer.has_no_piece(row) for row in range(self.config.vocab_size)], device=model.device
+        )
+        self.engine = Engine(runner, Sampler(no_piece if bool(no_piece.any()) else None, self.config.eos_token_id))
+        self._lock = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        return self.loaded.model.device
+
+    @property
+    def dtype(self) -> str:
+        """The form of the weights: fp32, fp16, bf16, int8 or int4."""
+        return self.loaded.weights
+
+    def chat(self, question: str, history: History | None = None, system: str | None = None, **sampling: Any) -> Reply:
+        """Answer one question. `sampling` takes the fields of SamplingParams.
+
+        The oldest rounds are left out when the context is full; a question that alone does not fit raises
+        PromptTooLongError.
+        """
+        *_, last = self.stream_chat(question, history, system, **sampling)
+        assert last.reply is not None
+        return last.reply
+
+    def stream_chat(
+        self, question: str, history: History | None = None, system: str | None = None, **sampling: Any
+    ) -> Iterator[Delta]:
+        """The same, piece by piece. Closing the iterator ends the answer within one token."""
+        params = SamplingParams.from_mapping(sampling)
+        rounds = [(str(asked), str(answered)) for asked, answered in history or ()]
+        fitted = template.fit(
+            self.tokenizer,
+            question,
+            rounds,
+            system=system,
+            limit=self.config.max_sequence_length,
+            max_new_tokens=params.max_new_tokens,
+        )
+        sequence = self._sequence(fitted.ids, params)
+        return self._stream(sequence, question, rounds, fitted.dropped_rounds)
+
+    def generate(
+        self,
+        prompts: ListLike[str],
+        params: SamplingParams | ListLike[SamplingParams] | None = None,
+        **sampling: Any,
+    ) -> list[Reply]:
+        """Answer many prompts as one batch, in order. `params` may differ from prompt to prompt."""
+        if isinstance(prompts, str):
+            raise RequestError("prompts is one string; give a list of strings")
+        shared = SamplingParams.from_mapping(sampling) if params is None else params
+        each = [shared] * len(prompts) if isinstance(shared, SamplingParams) else list(shared)
+        if len(each) != len(prompts):
+            raise RequestError(f"{len(prompts)} prompts, but {len(each)} sampling settings")
+        sequences = []
+        for prompt, own in zip(prompts, each, strict=True):
+            fitted = template.fit(
+                self.tokenizer,
+                prompt,
+                [],
+                system=None,
+                limit=self.config.max_sequence_length,
+                max_new_tokens=own.max_new_tokens,
+            )
+            sequences.append(self._sequence(fitted.ids, own))
+        with self._lock:
+            texts = self._run(sequences)
+        return [
+            self._reply(sequence, text, prompt, [], 0)
+            for sequence, text, prompt in zip(sequences, texts, prompts, strict=True)
+        ]
+
+    def _sequence(self, ids: list[int], params: SamplingParams) -> Sequence:
+        config = self.config
+        room = config.max_sequence_length - len(ids)
+        limit = params.max_new_tokens or template.default_max_new_tokens(config.max_sequence_length)
+        if params.max_length is not None:
+            limit = (
+                params.max_length - len(ids)
+                if params.max_new_tokens is None
+                else min(limit, params.max_length - len(ids))
+            )
+        return Sequence.from_prompt_ids(
+            ids,
+            params,
+            max_new=max(1, min(limit, room)),
+            sop_id=config.bos_token_id,
+            gmask_id=config.gmask_token_id,
+            mask_id=config.mask_token_id,
+        )
+
+    def _stream(
+        self, sequence: Sequence, question: str, rounds: list[tuple[str, str]], dropped: int
+    ) -> Iterator[Delta]:
+        answer = AnswerText(self.tokenizer, sequence.params.stop)
+        with self._lock:
+            if sequence.params.num_beams > 1:
+                beam_search(self.engine.runner, self.engine.sampler, sequence)
+                for token in sequence.generated_ids:
+                    answer.push(token)
+            else:
+                try:
+                    self.engine.add(sequence)
+                    while not sequence.is_finished:
+                        for output in self.engine.step():
+                            if output.token is not None and (text := answer.push(output.token)):
+                                yield Delta(text)
+                        if answer.is_stopped:
+                            sequence.finish_reason = "stop"
+                finally:
+                    self.engine.abandon([sequence])
+        rest = answer.finish()
+        if answer.is_stopped:
+            sequence.finish_reason = "stop"
+        streamed = rest if sequence.params.num_beams == 1 else answer.text
+        yield Delta(streamed, self._reply(sequence, answer.text, question, rounds, dropped))
+
+    def _run(self, sequences: list[Sequence]) -> list[str]:
+        """All sequences to their end; the text of each."""
+        answers = {sequence.number: AnswerText(self.tokenizer, sequence.params.stop) for sequence in sequences}
+        try:
+            for sequence in sequences:
+                if sequence.params.num_beams > 1:
+                    beam_search(self.engine.runner, self.engine.sampler, sequence)
+                    for token in sequence.generated_ids:
+                        answers[sequence.number].push(token)
+                else:
+                    self.engine.add(sequence)
+            while self.engine.has_work:
+                for output in self.engine.step():
+                    answer = answers[output.sequence.number]
+                    if output.token is not None:
+                        answer.push(output.token)
+                        if answer.is_stopped:
+                            output.sequence.finish_reason = "stop"
+        finally:
+            self.engine.abandon(sequences)
+        for sequence in sequences:
+            answers[sequence.number].finish()
+            if answers[sequence.number].is_stopped:
+                sequence.finish_reason = "stop"
+        return [answers[sequence.number].text for sequence in sequences]
+
+    def _reply(
+        self, sequence: Sequence, text: str, question: str, rounds: list[tuple[str, str]], dropped: int
+    ) -> Reply:
+        assert sequence.finish_reason is not None
+        usage = Usage(sequence.num_prompt_tokens, len(sequence.generated_ids), dropped)
+        history = [*rounds, (question, text)]
+        return Reply(text, history, sequence.finish_reason, usage, sequence.seed, sequence.error)
+
+
+def default_cache_tokens(loaded: LoadedModel) -> int:
+    """Eight full-length sequences, or as many as fit into a quarter of the free memory, at least one."""
+    config, device = loaded.config, loaded.model.device
+    longest = config.max_sequence_length + (config.pre_seq_len or 0)
+    token_bytes = 2 * config.num_layers * config.hidden_size * loaded.model.dtype.itemsize
+    free = free_memory(device)
+    fitting = CACHED_SEQUENCES if free is None else free // 4 // (longest * token_bytes)
+    return longest * max(1, min(CACHED_SEQUENCES, fitting))

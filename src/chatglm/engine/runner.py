@@ -1,0 +1,107 @@
+"""Runner: the two places where the network runs, over batches of sequences.
+
+Everything follows from lengths: masks, positions and cache slots. Token ids are only looked up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model import GLM, Attend, sdpa_attention
+from ..model.positions import Layout, generation_positions, prefix_blocked
+from .kv_cache import DecodeView, KVCache, PrefillView
+from .sequence import Sequence
+
+
+class Runner:
+    """Runs `model` over `cache`. Its results, fp32 logits [batch, vocab], are those of each sequence's last token."""
+
+    def __init__(self, model: GLM, cache: KVCache, attend: Attend = sdpa_attention) -> None:
+        self.model = model
+        self.cache = cache
+        self.attend = attend
+        self.prefix_length = model.config.pre_seq_len or 0
+
+    def slots_needed(self, sequence: Sequence) -> int:
+        """Cache slots of the whole sequence; the last token is never fed back."""
+        return self.prefix_length + sequence.num_prompt_tokens + sequence.max_new - 1
+
+    @torch.inference_mode()
+    def prefill(self, sequences: list[Sequence]) -> Tensor:
+        """First pass over contexts (and, after a preemption, what was generated so far); slots must be allocated."""
+        device = self.model.device
+        rows = [[*s.context_ids, s.start_id, *s.generated_ids] for s in sequences]
+        total = max(map(len, rows))
+        padding = [total - len(row) for row in rows]
+        pad_id = self.model.config.pad_token_id
+        ids = torch.tensor([[pad_id] * pad + row for pad, row in zip(padding, rows, strict=True)], device=device)
+        layout = self._layout(sequences, padding)
+        blocked = prefix_blocked(layout, total)
+        if total == 1 and not any(padding):
+            blocked = None
+        slots = [
+            sequence.slots[: self.prefix_length] + [0] * pad + sequence.slots[self.prefix_length :][: len(row)]
+            for sequence, pad, row in zip(sequences, padding, rows, strict=True)
+        ]
+        view = PrefillView(self.cache, torch.tensor(slots, device=device))
+        positions = generation_positions(layout, total, self.model.config)
+        hidden = self.model.transformer(ids, positions, blocked, view, attend=self.attend)
+        for sequence, row in zip(sequences, rows, strict=True):
+            sequence.cached = self.prefix_length + len(row)
+        return self.model.logits(hidden[:, -1])
+
+    @torch.inference_mode()
+    def decode(self, sequences: list[Sequence]) -> Tensor:
+        """One step: feed each sequence's newest token."""
+        tokens = torch.tensor([s.generated_ids[-1] for s in sequences], device=self.model.device)
+        tables = [s.slots[: s.cached + 1] for s in sequences]
+        for sequence in sequences:
+            sequence.cached += 1
+        return self.step(tokens, tables, sequences)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, tables: list[list[int]], owners: list[Sequence]) -> Tensor:
+        """The network over one new token a row.
+
+        tokens  int64 [batch]
+        tables  the slots of each row, the new token's last; rows may share slots
+        owners  the sequence whose context each row continues
+        """
+        device = self.model.device
+        lengths = [len(table) for table in tables]
+        longest = max(lengths)
+        blocked: Tensor | None = None
+        read: Tensor | slice
+        if len(tables) == 1 and tables[0][-1] - tables[0][0] == longest - 1 and _is_run(tables[0]):
+            read = slice(tables[0][0], tables[0][-1] + 1)
+        else:
+            read = torch.tensor([table + [0] * (longest - len(table)) for table in tables], device=device)
+            if min(lengths) < longest:
+                held = torch.tensor(lengths, device=device)
+                blocked = (torch.arange(longest, device=device) >= held[:, None])[:, None, None]  # [batch, 1, 1, key]
+        view = DecodeView(self.cache, torch.tensor([table[-1] for table in tables], device=device), read, longest)
+        layout = self._layout(owners, [0] * len(owners))
+        index = torch.tensor(lengths, device=device) - 1 - self.prefix_length  # place of each new token
+        positions = self._positions_at(layout, index)
+        hidden = self.model.transformer(tokens[:, None], positions, blocked, view, attend=self.attend)
+        return self.model.logits(hidden[:, -1])
+
+    def _layout(self, sequences: list[Sequence], padding: list[int]) -> Layout:
+        device = self.model.device
+        return Layout(
+            torch.tensor([len(s.context_ids) for s in sequences], device=device),
+            torch.tensor([s.mask_place for s in sequences], device=device),
+            torch.tensor([s.is_gmask for s in sequences], device=device),
+            torch.tensor(padding, device=device),
+        )
+
+    def _positions_at(self, layout: Layout, index: Tensor) -> Tensor:
+        """Positions of the single tokens at `index` [batch], as if each row were padded so that they stood at 0."""
+        shifted = Layout(layout.context_lengths, layout.mask_places, layout.is_gmask, -index)
+        return generation_positions(shifted, 1, self.model.config)
+
+
+def _is_run(slots: list[int]) -> bool:
+    """Whether the slots are neighbours in order; first and last were compared before."""
+    return all(later - earlier == 1 for earlier, later in zip(slots, slots[1:], strict=False))
