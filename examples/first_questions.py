@@ -32,7 +32,7 @@ def first_answers() -> Iterator[tuple[str, str, str, str]]:
     """Language, question, answer and finish reason of each question. fp32 on the CPU, so that machines agree."""
     import chatglm
 
-    model = chatglm.load(device="cpu", dtype="float32")
+    model = chatglm.load(device="cpu", dtype="fp32")
     for language, questions in QUESTIONS.items():
         for question in questions:
             reply = model.chat(question, seed=0)
