@@ -19,12 +19,25 @@ from .prefix import PrefixEncoder
 from .rotary import rotary_table
 
 
-class Transformer(nn.Module):
-    """Everything but the head. Source: GLM (ACL 2022) §2; spec/chatglm-6b.md §3."""
+class Network:
+    """Everything but the head, for an nn.Module to take on: `build` makes the parts, `run` is the pass over them.
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+    Apart from Transformer so that the model under transformers' names has the same parts at the same places.
+    `build` sets `description`, which `run` reads. Source: GLM (ACL 2022) §2; spec/chatglm-6b.md §3.
+    """
+
+    description: ModelConfig
+    training: bool
+    word_embeddings: nn.Embedding
+    position_embeddings: nn.Embedding
+    block_position_embeddings: nn.Embedding
+    layers: nn.ModuleList
+    final_layernorm: LayerNorm
+    prefix_encoder: PrefixEncoder
+
+    def build(self, config: ModelConfig) -> None:
+        """Make the parts under the original's names."""
+        self.description = config
         self.gradient_checkpointing = False
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_encoding == "learned_2d":
@@ -35,7 +48,7 @@ class Transformer(nn.Module):
         if config.pre_seq_len is not None:
             self.prefix_encoder = PrefixEncoder(config)
 
-    def forward(
+    def run(
         self,
         ids: Tensor | None,
         positions: Tensor,
@@ -57,12 +70,12 @@ class Transformer(nn.Module):
         hidden = self.word_embeddings(ids) if embeddings is None else embeddings
         hidden = hidden.to(activation_dtype(hidden.dtype, hidden.device))
         rotary = None
-        if self.config.position_encoding == "learned_2d":
+        if self.description.position_encoding == "learned_2d":
             hidden = (
                 hidden + self.position_embeddings(positions[:, 0]) + self.block_position_embeddings(positions[:, 1])
             )
         else:
-            rotary = rotary_table(positions, self.config)
+            rotary = rotary_table(positions, self.description)
         prefixes, blocked = self._prefixes(hidden, blocked, cache)
         for layer, prefix in zip(self.layers, prefixes, strict=True):
             if keep_hidden is not None:
@@ -80,12 +93,35 @@ class Transformer(nn.Module):
         self, hidden: Tensor, blocked: Tensor | None, cache: Cache | None
     ) -> tuple[Sequence[KeyValue | None], Tensor | None]:
         """The P-tuning prefix of each layer, once, and the mask widened over it."""
-        if self.config.pre_seq_len is None or (cache is not None and cache.length > 0):
-            return [None] * self.config.num_layers, blocked
+        if self.description.pre_seq_len is None or (cache is not None and cache.length > 0):
+            return [None] * self.description.num_layers, blocked
         prefixes = list(self.prefix_encoder.key_values(hidden.shape[0], hidden.dtype))
         if blocked is not None:
-            blocked = nn.functional.pad(blocked, (self.config.pre_seq_len, 0), value=False)
+            blocked = nn.functional.pad(blocked, (self.description.pre_seq_len, 0), value=False)
         return prefixes, blocked
+
+
+class Transformer(Network, nn.Module):
+    """Everything but the head, on its own."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.build(config)
+
+    def forward(
+        self,
+        ids: Tensor | None,
+        positions: Tensor,
+        blocked: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        embeddings: Tensor | None = None,
+        attend: Attend = plain_attention,
+        keep_hidden: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, [batch, query, hidden]; arguments as for `Network.run`."""
+        return self.run(ids, positions, blocked, cache, embeddings=embeddings, attend=attend, keep_hidden=keep_hidden)
 
 
 class GLM(nn.Module):
