@@ -1,7 +1,7 @@
 """ModelConfig: the one description that ChatGLM-6B, GLM and GLM-130B are values of.
 
-Architectural differences are fields, not subclasses (spec: DESIGN §4). Reading and writing the original `config.json` is one
-function each; nothing in the file is ever executed (`auto_map` is bookkeeping).
+Architectural differences are fields, not subclasses. Reading and writing the original `config.json` is one function
+each; nothing in the file is ever executed (`auto_map` is bookkeeping).
 """
 
 from __future__ import annotations
@@ -189,16 +189,76 @@ _OWN_KEYS = (
 )
 
 _BOOKKEEPING = frozenset(
-    """_name_or_path name_or_path architectures auto_map model_type transformers_version torch_dtype dtype use_cache
-    return_dict output_hidden_states output_attentions torchscript use_bfloat16 pruned_heads chunk_size_feed_forward
-    is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder id2label label2id
-    num_labels problem_type finetuning_task task_specific_params tokenizer_class prefix sep_token_id decoder_start_token_id
-    _commit_hash _attn_implementation _attn_implementation_autoset gradient_checkpointing initializer_range
-    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
-    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
-    num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens tf_legacy_loss
-    ignore_index num_hidden_layers layer_types custom_pipelines adapters license""".split()
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "adapters",
+        "add_cross_attention",
+        "architectures",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "custom_pipelines",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "id2label",
+        "ignore_index",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "layer_types",
+        "length_penalty",
+        "license",
+        "max_length",
+        "min_length",
+        "model_type",
+        "name_or_path",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_hidden_layers",
+        "num_labels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "typical_p",
+        "use_bfloat16",
+        "use_cache",
+    }
 )
 
 # Keys of other models under the same `model_type`: the value that means "as in ChatGLM-6B", anything else is refused.
@@ -239,8 +299,8 @@ def from_original(raw: Mapping[str, Any], *, where: str = "config.json") -> Mode
         if key in _FOREIGN:
             if value != _FOREIGN[key] and value is not None:
                 raise ConfigError(
-                    f"{where}: `{key}` is {value!r}; that is another architecture (ChatGLM2 and later share the model_type)",
-                    cure="use a ChatGLM-6B checkpoint; later generations load with transformers itself",
+                    f"{where}: `{key}` is {value!r}; that is another architecture under the same model_type",
+                    cure="use a ChatGLM-6B checkpoint; ChatGLM2 and later load with transformers",
                 )
         elif key not in known and key not in _BOOKKEEPING:
             near = difflib.get_close_matches(key, known, n=1)
@@ -271,9 +331,20 @@ def from_original(raw: Mapping[str, Any], *, where: str = "config.json") -> Mode
 
 
 _SAME_NAME = (
-    "vocab_size hidden_size num_layers inner_hidden_size layernorm_epsilon max_sequence_length bos_token_id eos_token_id "
-    "quantization_bit quantization_embeddings pre_seq_len prefix_projection torch_dtype"
-).split()
+    "vocab_size",
+    "hidden_size",
+    "num_layers",
+    "inner_hidden_size",
+    "layernorm_epsilon",
+    "max_sequence_length",
+    "bos_token_id",
+    "eos_token_id",
+    "quantization_bit",
+    "quantization_embeddings",
+    "pre_seq_len",
+    "prefix_projection",
+    "torch_dtype",
+)
 
 
 def to_original(config: ModelConfig) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import Case, assert_close, cases, plain_model
 from torch.nn.functional import cross_entropy
 
 from chatglm.model.attention import attention_weights, plain_attention, sdpa_attention
 from chatglm.model.positions import Layout, find_layout, positions, prefix_blocked
+from golden_vectors import Case, assert_close, cases, plain_model
 
 MODELS = ["base-fp32", "oned-fp32", "ptuning", "ptuning-projection"]
 BINDING = {(name, case.id): case for name in MODELS for case in cases(name, "forward") if case.raw.get("binding", True)}

@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy
 import pytest
 import torch
-from golden_vectors import assert_close
 from torch.nn import functional
 
 from chatglm.config import ModelConfig
@@ -17,6 +16,7 @@ from chatglm.model.attention import Attention
 from chatglm.model.linear import CHUNK_ELEMENTS, LayerNorm, Linear, activation_dtype
 from chatglm.model.prefix import PrefixEncoder
 from chatglm.model.rotary import rotary_frequencies, rotary_table, rotate
+from golden_vectors import assert_close
 
 SMALL = ModelConfig(
     vocab_size=64,

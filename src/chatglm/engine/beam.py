@@ -1,7 +1,7 @@
 """Beam search over one context. All beams share the context's cache slots, and reordering moves slot tables, not keys.
 
-Scores are summed log-probabilities; a complete answer's score is divided by (its whole length, context included) to the power
-`length_penalty`, as the released code did (transformers 4.27).
+Scores are summed log-probabilities; a complete answer's score is divided by (its whole length, context included) to
+the power `length_penalty`, as the released code did (transformers 4.27).
 """
 
 from __future__ import annotations

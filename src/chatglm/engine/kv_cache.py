@@ -1,7 +1,8 @@
 """KVCache: one pool of cache blocks for all sequences, allocated once.
 
-A sequence owns slots (token places) that need not be neighbours; where they are, a read is a view and copies nothing. Block 0
-is scratch: padding is written there and read from there, so it stays finite. Memory never grows after construction.
+A sequence owns slots (token places) that need not be neighbours; where they are, a read is a view and copies nothing.
+Block 0 is scratch: padding is written there and read from there, so it stays finite. Memory never grows after
+construction.
 """
 
 from __future__ import annotations

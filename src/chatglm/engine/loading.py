@@ -19,12 +19,15 @@ Progress = Callable[[int, int, str], None]
 """(bytes done, bytes in all, what) while something long runs."""
 
 SMALL_MODEL_BYTES = 1 << 30
-"""A quantised checkpoint smaller than this when expanded to fp32 is expanded: faster, and the memory does not matter."""
+"""A quantised checkpoint smaller than this when expanded to fp32 is expanded: faster, and the memory does not
+matter."""
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, with its tokenizer. `weights` names the form of the linears: fp32, fp16, bf16, int8, int4."""
+    """A model on its device, with its tokenizer. `weights` names the form of the linears: fp32, fp16, bf16, int8,
+    int4.
+    """
 
     model: GLM
     tokenizer: Tokenizer

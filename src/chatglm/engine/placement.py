@@ -33,7 +33,9 @@ def normalize_dtype(name: str) -> str:
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The named device, or the best one here (CUDA, then Apple's MPS, then CPU). Raises DeviceError if it is not there."""
+    """The named device, or the best one here (CUDA, then Apple's MPS, then CPU). Raises DeviceError if it is not
+    there.
+    """
     has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto":
         return torch.device("cuda" if has_cuda else "mps" if has_mps else "cpu")
@@ -52,7 +54,9 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_placement(device_name: str, dtype_name: str, fp32_bytes: int) -> Placement:
-    """Device and activation dtype. `fp32_bytes` is what the model needs in fp32 (decides on CPU between fp32 and bf16)."""
+    """Device and activation dtype. `fp32_bytes` is what the model needs in fp32 (decides on CPU between fp32 and
+    bf16).
+    """
     device, dtype_name = choose_device(device_name), normalize_dtype(dtype_name)
     if dtype_name in DTYPES:
         return Placement(device, DTYPES[dtype_name], "as asked")

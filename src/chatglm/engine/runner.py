@@ -5,6 +5,8 @@ Everything follows from lengths: masks, positions and cache slots. Token ids are
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -38,8 +40,6 @@ class Runner:
         ids = torch.tensor([[pad_id] * pad + row for pad, row in zip(padding, rows, strict=True)], device=device)
         layout = self._layout(sequences, padding)
         blocked = prefix_blocked(layout, total)
-        if total == 1 and not any(padding):
-            blocked = None
         slots = [
             sequence.slots[: self.prefix_length] + [0] * pad + sequence.slots[self.prefix_length :][: len(row)]
             for sequence, pad, row in zip(sequences, padding, rows, strict=True)
@@ -104,4 +104,4 @@ class Runner:
 
 def _is_run(slots: list[int]) -> bool:
     """Whether the slots are neighbours in order; first and last were compared before."""
-    return all(later - earlier == 1 for earlier, later in zip(slots, slots[1:], strict=False))
+    return all(later - earlier == 1 for earlier, later in itertools.pairwise(slots))

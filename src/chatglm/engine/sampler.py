@@ -1,12 +1,14 @@
 """Sampler: logits and each sequence's own settings → one token a sequence, on the device.
 
-A sequence's choice depends on its logits, settings, seed and step alone, never on its neighbours in the batch. Order, as in the
-field: penalties and bans, temperature, top-k, top-p, min-p. A row with a non-finite score is reported, not sampled.
+A sequence's choice depends on its logits, settings, seed and step alone, never on its neighbours in the batch. Order,
+as in the field: penalties and bans, temperature, top-k, top-p, min-p. A row with a non-finite score is reported, not
+sampled.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +47,7 @@ class Sampler:
 
     def process(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
         """Penalties and bans; a new tensor [batch, vocab]."""
-        if self.no_piece is not None:
-            logits = logits.masked_fill(self.no_piece, -torch.inf)
-        else:
-            logits = logits.clone()
+        logits = logits.clone() if self.no_piece is None else logits.masked_fill(self.no_piece, -torch.inf)
         for row, sequence in enumerate(sequences):
             params = sequence.params
             if params.has_penalties:
@@ -92,8 +91,8 @@ def _draw(logits: Tensor, sequences: list[Sequence]) -> Tensor:
     device = logits.device
     params = [sequence.params for sequence in sequences]
 
-    def column(values: list[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float32, device=device)[:, None]
 
     vocab = logits.shape[-1]
     limits = [p.top_k or vocab for p in params]

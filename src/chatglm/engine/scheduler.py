@@ -1,7 +1,7 @@
 """Scheduler and Engine: which sequences run next, and the step that runs them.
 
-The simplest right scheduler: first come, first served, a sequence starts when the cache can hold all of it, so nothing is ever
-preempted. Sequences join and leave at every step.
+The simplest right scheduler: first come, first served, a sequence starts when the cache can hold all of it, so
+nothing is ever preempted. Sequences join and leave at every step.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Multi-head attention over a prefix-LM mask.
 
-`plain_attention` is the reference: scores and softmax in fp32, a blocked place gets the lowest finite score, so a row that is
-blocked everywhere attends evenly instead of becoming NaN. The original divides the query by (layer + 1) and multiplies the
-fp32 scores back, to stay inside fp16; with fp32 scores both factors cancel (spec/chatglm-6b.md §3.2).
+`plain_attention` is the reference: scores and softmax in fp32, a blocked place gets the lowest finite score, so a row
+that is blocked everywhere attends evenly instead of becoming NaN. The original divides the query by (layer + 1) and
+multiplies the fp32 scores back, to stay inside fp16; with fp32 scores both factors cancel (spec/chatglm-6b.md §3.2).
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def attention_weights(query: Tensor, key: Tensor, blocked: Tensor | None) -> Ten
     scores = query.float() @ key.float().transpose(-1, -2) * query.shape[-1] ** -0.5
     if blocked is not None:
         scores = scores.masked_fill(blocked, torch.finfo(torch.float32).min)
-    return scores.softmax(dim=-1)
+    weights: Tensor = scores.softmax(dim=-1)
+    return weights
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:

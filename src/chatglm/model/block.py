@@ -1,7 +1,8 @@
 """One layer: attention and feed-forward, each with its norm and residual.
 
-ChatGLM-6B and GLM-130B take the residual from the **normalised** input, times √(2·layers): the post-LN of DeepNorm written one
-norm earlier. GLM (ACL 2022) is pre-LN with a plain residual. Source: DeepNet §2; GLM-130B §2.1; spec/chatglm-6b.md §3.1.
+ChatGLM-6B and GLM-130B take the residual from the **normalised** input, times √(2·layers): the post-LN of DeepNorm
+written one norm earlier. GLM (ACL 2022) is pre-LN with a plain residual. Source: DeepNet §2; GLM-130B §2.1;
+spec/chatglm-6b.md §3.1.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Weights to start training from; the original released none.
 
 ChatGLM's blocks are DeepNorm blocks, so the branches that add to the residual start smaller: Xavier normal, with gain
-(2·layers)^-1/2 for the value projection, both feed-forward matrices and the attention's output (DeepNet §2.2; GLM-130B §2.1).
-Pre-LN models follow GLM (ACL 2022): normal(0, 0.02), output matrices divided by √(2·layers). Biases 0, norms 1 and 0.
+(2·layers)^-1/2 for the value projection, both feed-forward matrices and the attention's output (DeepNet §2.2;
+GLM-130B §2.1). Pre-LN models follow GLM (ACL 2022): normal(0, 0.02), output matrices divided by √(2·layers). Biases
+0, norms 1 and 0.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import torch
 from torch import nn
 
+from .block import Block
 from .glm import GLM
 
 EMBEDDING_STD = 0.02
@@ -43,6 +45,7 @@ def initialize(model: GLM, seed: int) -> None:
     if not config.tied_head:
         model.lm_head.weight.normal_(0, EMBEDDING_STD, generator=generator)
     for layer in model.transformer.layers:
+        assert isinstance(layer, Block)
         draw(layer.attention.dense.weight, small)
         draw(layer.mlp.dense_4h_to_h.weight, small)
         if is_deepnorm:

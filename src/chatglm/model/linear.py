@@ -1,9 +1,9 @@
 """Linear and LayerNorm whose weights may be stored in a narrower dtype than they compute in.
 
-Activations decide the arithmetic: a weight is widened to their dtype. CPUs have no fp16 arithmetic, so there fp16 is a storage
-format and activations are fp32: closer to the truth than fp16 sums, and faster, because widening a few rows at a time stays in
-the cache (measured on 2 Zen 4 cores, 16,384 × 4,096: one token 8.8 ms against 13.8 native fp16 and 12.6 fp32; 512 tokens 391
-against 3,445 and 793).
+Activations decide the arithmetic: a weight is widened to their dtype. CPUs have no fp16 arithmetic, so there fp16 is
+a storage format and activations are fp32: closer to the truth than fp16 sums, and faster, because widening a few rows
+at a time stays in the cache (measured on 2 Zen 4 cores, 16,384 × 4,096: one token 8.8 ms against 13.8 native fp16 and
+12.6 fp32; 512 tokens 391 against 3,445 and 793).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def activation_dtype(weight_dtype: torch.dtype, device: torch.device) -> torch.d
 def linear_by_rows(
     hidden: Tensor, out_features: int, widen: Callable[[int, int], Tensor], bias: Tensor | None = None
 ) -> Tensor:
-    """hidden [..., in] → [..., out], a few rows of the weight at a time.
+    """Hidden [..., in] → [..., out], a few rows of the weight at a time.
 
     widen(start, stop) gives rows of the weight in the dtype of `hidden`, [stop - start, in].
     """

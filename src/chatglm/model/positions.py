@@ -1,8 +1,8 @@
 """Masks and position ids of the prefix-LM, from known lengths.
 
-A sequence is `padding | context … [gMASK] | <sop> answer`. The context sees all of itself; `<sop>` and the answer see the
-context and what stands before them. Nothing here reads token ids: what a user types can never move the border. `find_layout`
-alone searches ids, for callers that hold nothing else (the transformers classes, training samples).
+A sequence is `padding | context … [gMASK] | <sop> answer`. The context sees all of itself; `<sop>` and the answer see
+the context and what stands before them. Nothing here reads token ids: what a user types can never move the border.
+`find_layout` alone searches ids, for callers that hold nothing else (the transformers classes, training samples).
 
 Source: GLM (ACL 2022) §2.1 and §2.2; spec/chatglm-6b.md §4 for padding and edge values.
 """
@@ -96,8 +96,8 @@ def positions(layout: Layout, total: int, config: ModelConfig, *, start: int = 0
 def generation_positions(layout: Layout, total: int, config: ModelConfig, *, start: int = 0) -> Tensor:
     """Position ids while an answer is generated: `positions`, but for ChatGLM's 1-D form.
 
-    With `answer_positions="mask"` the original lets every token after `<sop>` stand at the mask in 1-D, also at a `[gMASK]`
-    (spec/chatglm-6b.md §4.2). The same rule holds for a whole pass and for a cached step.
+    With `answer_positions="mask"` the original lets every token after `<sop>` stand at the mask in 1-D, also at a
+    `[gMASK]` (spec/chatglm-6b.md §4.2). The same rule holds for a whole pass and for a cached step.
     """
     result = positions(layout, total, config, start=start)
     if config.position_encoding != "rotary_1d" or config.answer_positions == "running":

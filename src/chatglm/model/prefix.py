@@ -1,7 +1,7 @@
 """P-tuning v2: learned keys and values in front of every layer.
 
-Source: P-Tuning v2 (ACL 2022) §3; spec/chatglm-6b.md §8.1. The prefix keys are not turned by the rotary, and positions of the
-tokens stay as without a prefix; every token sees the whole prefix.
+Source: P-Tuning v2 (ACL 2022) §3; spec/chatglm-6b.md §8.1. The prefix keys are not turned by the rotary, and
+positions of the tokens stay as without a prefix; every token sees the whole prefix.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PrefixEncoder(nn.Module):
         self.dropout = nn.Dropout(PREFIX_DROPOUT)
         if config.prefix_projection:
             self.embedding = nn.Embedding(self.length, config.hidden_size)
-            self.trans = nn.Sequential(
+            self.trans: nn.Module = nn.Sequential(
                 nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, width)
             )
         else:

@@ -1,8 +1,9 @@
 """Rotary positions in one and two dimensions.
 
-2-D: the first half of each head turns with the position, the second with the block position. 1-D: the whole head turns with
-the position. Pairs are (j, j + dim/2), not neighbours. Frequencies are rounded to fp16 in every dtype, as the checkpoints
-were trained; angles, cosines and the rotation itself are fp32 (the original's fp16 and bf16 angles lose positions).
+2-D: the first half of each head turns with the position, the second with the block position. 1-D: the whole head
+turns with the position. Pairs are (j, j + dim/2), not neighbours. Frequencies are rounded to fp16 in every dtype, as
+the checkpoints were trained; angles, cosines and the rotation itself are fp32 (the original's fp16 and bf16 angles
+lose positions).
 
 Source: RoFormer §3.4; spec/chatglm-6b.md §3.3.
 """
