@@ -1,0 +1,171 @@
+"""A model to its quantised form and back, module by module, so that never more than one weight exists twice.
+
+`model` is a GLM, or any module with the same parts: `transformer` (a model.Network) and `lm_head`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..errors import QuantizationError
+from ..model.linear import Linear
+from .modules import RowQuantizedEmbedding, RowQuantizedLinear
+from .row_format import check_bits, quantize_rows
+
+LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+"""The four linears of each layer; norms, biases and the prefix encoder stay as they are."""
+
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def swap_linears(model: Model, bits: int, embeddings: bool = False) -> Model:
+    """Turn the linears of `model` into row-quantised ones, in place; returns the model.
+
+    bits        8 or 4; 0 leaves the model as it is
+    embeddings  also the embedding and the head (the `-qe` form), which share codes and scales where the head is tied
+    A model on the meta device gets empty modules to load a quantised checkpoint into; a real one has its weights
+    quantised. The model's ModelConfig follows. Raises QuantizationError for a model that is quantised already, and for a
+    weight that cannot be (the message names it); then some modules may be swapped.
+    """
+    if bits == 0:
+        return model
+    check_bits(bits)
+    config = _config(model)
+    linears = _layer_linears(model)
+    if any(isinstance(linear, RowQuantizedLinear) for _, linear in linears):
+        raise QuantizationError(f"the model is already quantised to INT{config.quantization_bit}")
+    for name, linear in linears:
+        with _named(name):
+            model.set_submodule(name, _quantized_linear(linear, bits))
+    if embeddings:
+        with _named("transformer.word_embeddings"):
+            table = _quantized_embedding(model.get_submodule("transformer.word_embeddings"), bits)
+        model.set_submodule("transformer.word_embeddings", table)
+        with _named("lm_head"):
+            model.set_submodule("lm_head", _quantized_head(model, table, bits))
+    _describe(model, replace(config, quantization_bit=bits, quantization_embeddings=embeddings))
+    return model
+
+
+def dequantize_model(model: Model, dtype: torch.dtype) -> Model:
+    """The inverse: plain linears in `dtype`, in place; returns the model. A plain model is only cast.
+
+    The weights are scale · code, rounded once to `dtype`; what quantising lost stays lost.
+    """
+    config = _config(model)
+    for name, linear in _layer_linears(model):
+        if isinstance(linear, RowQuantizedLinear):
+            model.set_submodule(name, _plain_linear(linear, dtype))
+    table, head = model.get_submodule("transformer.word_embeddings"), model.get_submodule("lm_head")
+    if isinstance(table, RowQuantizedEmbedding):
+        plain = nn.Embedding(table.num_embeddings, table.embedding_dim, device="meta")
+        plain.weight = nn.Parameter(table.dequantize(dtype), requires_grad=False)
+        model.set_submodule("transformer.word_embeddings", plain)
+        if config.tied_head:
+            tied = Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
+            tied.weight = plain.weight
+            model.set_submodule("lm_head", tied)
+        elif isinstance(head, RowQuantizedLinear):
+            model.set_submodule("lm_head", _plain_linear(head, dtype))
+    model.to(dtype)
+    _describe(model, replace(config, quantization_bit=0, quantization_embeddings=False))
+    return model
+
+
+def quantize_on_load(bits: int, embeddings: bool = False) -> Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]:
+    """A `transform` for checkpoint.load_into: plain weights are quantised as they arrive, one at a time.
+
+    The model must be swapped already (on the meta device, same arguments). Memory: the quantised model and one weight.
+    """
+    check_bits(bits)
+    names = tuple(f".{linear}.weight" for linear in LINEARS)
+    if embeddings:
+        names += ("transformer.word_embeddings.weight", "lm_head.weight")
+
+    def transform(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if not name.endswith(names):
+            yield name, tensor
+            return
+        with _named(name):
+            packed, scale = quantize_rows(tensor, bits)
+        yield name, packed
+        yield f"{name}_scale", scale
+
+    return transform
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """A QuantizationError inside gets the name of the weight in front."""
+    try:
+        yield
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error.message}", cure=error.cure) from error
+
+
+def _config(model: nn.Module) -> ModelConfig:
+    transformer: Any = model.get_submodule("transformer")
+    config: ModelConfig = transformer.description
+    return config
+
+
+def _describe(model: nn.Module, config: ModelConfig) -> None:
+    transformer: Any = model.get_submodule("transformer")
+    transformer.description = config
+    for owner in (model, transformer):
+        if isinstance(getattr(owner, "config", None), ModelConfig):
+            owner.config = config
+
+
+def _layer_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    layers = range(_config(model).num_layers)
+    names = [f"transformer.layers.{layer}.{path}" for layer in layers for path in LINEARS]
+    return [(name, model.get_submodule(name)) for name in names]
+
+
+def _quantized_linear(linear: nn.Module, bits: int) -> RowQuantizedLinear:
+    assert isinstance(linear, nn.Linear)
+    with torch.device(linear.weight.device):
+        quantized = RowQuantizedLinear(linear.in_features, linear.out_features, bits, bias=False)
+    if not linear.weight.is_meta:
+        quantized.quantize_(linear.weight.detach())
+    if linear.bias is not None:
+        quantized.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+    return quantized
+
+
+def _quantized_embedding(table: nn.Module, bits: int) -> RowQuantizedEmbedding:
+    assert isinstance(table, nn.Embedding)
+    with torch.device(table.weight.device):
+        quantized = RowQuantizedEmbedding(table.num_embeddings, table.embedding_dim, bits)
+    quantized.dtype_like = quantized.dtype_like.to(table.weight.dtype)
+    if not table.weight.is_meta:
+        quantized.quantize_(table.weight.detach())
+    return quantized
+
+
+def _quantized_head(model: nn.Module, embedding: RowQuantizedEmbedding, bits: int) -> RowQuantizedLinear:
+    """The head as a quantised linear: that of the embedding, or with its own weights."""
+    config = _config(model)
+    if not config.tied_head:
+        return _quantized_linear(model.get_submodule("lm_head"), bits)
+    with torch.device("meta"):
+        head = RowQuantizedLinear(config.hidden_size, config.vocab_size, bits, bias=False)
+    head.tie(embedding)
+    return head
+
+
+def _plain_linear(linear: RowQuantizedLinear, dtype: torch.dtype) -> Linear:
+    plain = Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(linear.dequantize(dtype), requires_grad=False)
+    if linear.bias is not None:
+        plain.bias = nn.Parameter(linear.bias.detach().to(dtype), requires_grad=False)
+    return plain
