@@ -1,0 +1,170 @@
+"""How an answer appears: plain text as it comes, Markdown on a terminal, or one JSON object at the end."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .streams import Terminal, visible
+
+if TYPE_CHECKING:
+    from ..chat import Reply
+
+REDRAW_S = 0.06
+"""Shortest time between two drawings of a growing paragraph."""
+
+
+class AnswerWriter(Protocol):
+    """Shows one answer after the other."""
+
+    def write(self, text: str) -> None:
+        """The next piece of the answer."""
+        ...
+
+    def end(self, question: str, reply: Reply | None) -> None:
+        """The answer is over; no reply means that it was interrupted before it had one."""
+        ...
+
+
+class PlainWriter:
+    """Pieces as they come, a newline at the end."""
+
+    def __init__(self, *, for_terminal: bool = False) -> None:
+        self._for_terminal = for_terminal
+
+    def write(self, text: str) -> None:
+        sys.stdout.write(visible(text) if self._for_terminal else text)
+        sys.stdout.flush()
+
+    def end(self, question: str, reply: Reply | None) -> None:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+class JSONWriter:
+    """One object a line for each answer."""
+
+    def write(self, text: str) -> None:
+        pass
+
+    def end(self, question: str, reply: Reply | None) -> None:
+        if reply is not None:
+            print(json.dumps(answer_record(question, reply), ensure_ascii=False), flush=True)
+
+
+def answer_record(question: str, reply: Reply) -> dict[str, Any]:
+    """An answer as the JSON of `chat --json` and `generate` has it."""
+    record: dict[str, Any] = {
+        "prompt": question,
+        "answer": reply.text,
+        "finish_reason": reply.finish_reason,
+        "usage": {
+            "context_tokens": reply.usage.context_tokens,
+            "answer_tokens": reply.usage.answer_tokens,
+            "dropped_rounds": reply.usage.dropped_rounds,
+        },
+        "seed": reply.seed,
+    }
+    if reply.error is not None:
+        record["error"] = reply.error
+    return record
+
+
+class MarkdownWriter:
+    """Finished paragraphs stay on the screen; the growing one is redrawn in place, its last lines if it is too tall."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        from rich.console import Console
+
+        self._console = Console(no_color=not terminal.has_colour, highlight=False)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._tail = ""
+        self._has_printed = False
+        self._live: Any = None
+        self._drawn_at = 0.0
+
+    def write(self, text: str) -> None:
+        self._tail += visible(text)
+        place = settled_length(self._tail)
+        if place:
+            settled, self._tail = self._tail[:place], self._tail[place:]
+            self._keep(settled)
+        if time.monotonic() - self._drawn_at >= REDRAW_S:
+            self._draw()
+
+    def end(self, question: str, reply: Reply | None) -> None:
+        try:
+            self._keep(self._tail)
+        finally:
+            self._begin()
+
+    def _keep(self, settled: str) -> None:
+        """Print a finished part for good."""
+        from .markdown import AnswerMarkdown
+
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if settled.strip():
+            if self._has_printed:
+                self._console.print()
+            self._console.print(AnswerMarkdown(settled))
+            self._has_printed = True
+
+    def _draw(self) -> None:
+        """Show the unfinished part below what is kept."""
+        if not self._tail.strip():
+            return
+        from rich.live import Live
+        from rich.segment import Segment, SegmentLines
+
+        from .markdown import AnswerMarkdown
+
+        lines = self._console.render_lines(AnswerMarkdown(self._tail), pad=False)
+        if self._has_printed:
+            lines.insert(0, [Segment("")])
+        room = max(1, self._console.height - 2)
+        region = SegmentLines(lines[-room:], new_lines=True)
+        if self._live is None:
+            self._live = Live(region, console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(region, refresh=True)
+        self._drawn_at = time.monotonic()
+
+
+_FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
+
+
+def settled_length(text: str) -> int:
+    """Length of the part whose Markdown no later text can change: up to the last blank line outside a code fence.
+
+    A blank line settles nothing before the line after it has begun, or if that line is indented (it belongs to a list).
+    """
+    settled, offset = 0, 0
+    fence: str | None = None
+    after_blank = False
+    for line in text.splitlines(keepends=True):
+        if after_blank and line.strip() and not line[0].isspace() and fence is None:
+            settled = offset
+        mark = _FENCE.match(line)
+        if mark and fence is None:
+            fence = mark.group(1)
+        elif mark and fence is not None and mark.group(1).startswith(fence):
+            fence = None
+        after_blank = fence is None and (not line.strip() if line.endswith("\n") else False)
+        offset += len(line)
+    return settled
+
+
+def open_writer(terminal: Terminal, *, as_json: bool) -> AnswerWriter:
+    """The writer for these streams. Markdown only where a person watches."""
+    if as_json:
+        return JSONWriter()
+    if terminal.shows_answers and terminal.reads_keys:
+        return MarkdownWriter(terminal)
+    return PlainWriter(for_terminal=terminal.shows_answers)

@@ -1,0 +1,152 @@
+"""The `chatglm` program: its commands by name, and what becomes of an error.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from ..errors import ChatGLMError
+from .option_groups import spread
+from .streams import prepare_streams
+
+COMMANDS: dict[str, str] = {
+    "chat": "Talk with a model (the embedded one, if none is named).",
+    "generate": "Answer a file of prompts; resumes where it was interrupted.",
+    "pull": "Download a checkpoint from the hub; resumes where it was interrupted.",
+    "info": "What a checkpoint is and how much memory it needs, without loading it.",
+    "verify": "Check every file of a checkpoint before it is used.",
+    "convert": "Write a checkpoint in today's form: safetensors, slim, with a tuned prefix.",
+    "doctor": "What this machine has, what would be chosen and why, what is missing.",
+}
+"""Name and one line of each command; the module and the function are named like the command."""
+
+_WIDTH = 110
+
+
+class Command(TyperCommand):
+    """A command whose options are listed under the headings of their groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                default = "Arguments" if param.param_type_name == "argument" else "Options"
+                sections.setdefault(getattr(param, "rich_help_panel", None) or default, []).append(record)
+        for heading in sorted(sections, key=["Arguments", "Options", "Model", "Sampling", "Common"].index):
+            with formatter.section(heading):
+                formatter.write_dl(sections[heading])
+
+
+class Commands(TyperGroup):
+    """Knows its commands by name and imports one only when it is asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f".{cmd_name}", __package__)
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
+        settings = {"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH}
+        single.command(cmd_name, cls=Command, context_settings=settings)(spread(getattr(module, cmd_name)))
+        return typer.main.get_command(single)
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-"):
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command '{name}'. {hint}")
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH},
+)
+
+
+@app.callback(invoke_without_command=True, epilog="Try: chatglm chat")
+def chatglm(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """ChatGLM-6B on today's libraries: talk with it, look at its checkpoints, put it to work."""
+    if version:
+        from .. import __version__
+
+        print(f"chatglm {__version__}")
+    elif ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code. Never returns."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in words[: words.index("--")] if "--" in words else "--debug" in words
+    prepare_streams()
+    _quiet_warnings(debug)
+    sys.exit(_run(words, debug))
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
+        typer.main.get_command(app).main(words, prog_name="chatglm")
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0 if leaving.code is None else 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        _forget_stdout()
+        return 1
+    except ChatGLMError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"chatglm: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # the border of the program: one line for the user, everything with --debug
+        if debug:
+            traceback.print_exc()
+        else:
+            print(f"chatglm: unexpected {type(error).__name__}: {_first_line(error)}", file=sys.stderr)
+            print("  cure: run the command again with --debug and report what it prints", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def _forget_stdout() -> None:
+    """The reader of our output has gone; keep the interpreter from complaining when it flushes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _quiet_warnings(debug: bool) -> None:
+    """Our own warnings as one line each; those of libraries only with --debug."""
+    if debug:
+        return
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"chatglm(\.|$)")
+    warnings.showwarning = lambda message, *_: print(f"chatglm: warning: {message}", file=sys.stderr)

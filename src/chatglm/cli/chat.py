@@ -1,0 +1,207 @@
+"""`chatglm chat`: the conversation at a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..config import ModelConfig, read_config
+from ..errors import ChatGLMError
+from .answer_writer import AnswerWriter, open_writer
+from .answering import Answered, answer
+from .conversation import Conversation
+from .language import both
+from .model_loading import BackgroundLoad, load
+from .options import CommonOptions, PlacementOptions, SamplingOptions, Source
+from .question_reader import QuestionReader, hint, open_reader
+from .slash_commands import SlashCommands
+from .streams import Terminal
+from .units import plural
+
+if TYPE_CHECKING:
+    from ..chat import ChatModel
+
+EMBEDDED_CONFIG = Path(__file__).parents[1] / "assets" / "mini" / "config.json"
+
+
+def chat(
+    source: Source = None,
+    *,
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", help="A folder that `chatglm convert --ptuning` wrote", metavar="DIR"),
+    ] = None,
+    placement: PlacementOptions,
+    sampling: SamplingOptions,
+    common: CommonOptions,
+) -> None:
+    """Talk with a model: one question a line, answers as they come. /help in the chat lists its commands.
+
+    Piped, every line of standard input is a question of one conversation; answers go to stdout, all else to stderr.
+    """
+    terminal = common.terminal()
+    conversation = Conversation(system=sampling.system, settings=sampling.settings())
+    placement.check_devices()
+    source = adapter or source
+    if source is None:
+        terminal.say(embedded_greeting(read_config(EMBEDDED_CONFIG)))
+        reader = open_reader(terminal)
+        waiting = BackgroundLoad(lambda: load(None, placement, Terminal(False, False, False)))
+        name = "ChatGLM mini"
+    else:
+        model = load(source, placement, terminal)
+        name = model.loaded.folder.name or source
+        terminal.say(greeting(model, name))
+        reader = open_reader(terminal)
+        waiting = BackgroundLoad.finished(model)
+    if terminal.reads_keys:
+        terminal.note(hint(reader))
+    talk = Talk(waiting, conversation, reader, open_writer(terminal, as_json=common.json), terminal, name)
+    try:
+        failures = talk.run()
+    except KeyboardInterrupt:
+        if not waiting.is_done:
+            leave_now(130)
+        if not terminal.reads_keys:
+            raise
+        sys.stderr.write("\n")  # at a terminal a Ctrl-C that no answer needs means goodbye
+        failures = 0
+    if not waiting.is_done:
+        leave_now(0)
+    if failures and not terminal.reads_keys:
+        raise typer.Exit(1)
+
+
+class Talk:
+    """Question, answer, question, …"""
+
+    def __init__(
+        self,
+        waiting: BackgroundLoad,
+        conversation: Conversation,
+        reader: QuestionReader,
+        writer: AnswerWriter,
+        terminal: Terminal,
+        name: str,
+    ) -> None:
+        self._waiting = waiting
+        self._conversation = conversation
+        self._reader = reader
+        self._writer = writer
+        self._terminal = terminal
+        self._commands = SlashCommands(conversation, terminal, name)
+
+    def run(self) -> int:
+        """Until the questions end; the number of questions that failed. Raises KeyboardInterrupt when Ctrl-C leaves."""
+        failures = 0
+        while (line := self._reader.read()) is not None:
+            outcome = self._commands.run(line)
+            question: str | None = line
+            if outcome is not None:
+                if outcome.leaves:
+                    break
+                question = outcome.question
+            if question and question.strip():
+                failures += not self._ask(question, self._model())
+        return failures
+
+    def _model(self) -> ChatModel:
+        if not self._waiting.is_done and self._terminal.reads_keys and self._terminal.shows_notes:
+            sys.stderr.write(both("正在加载模型…", "loading the model …"))
+            sys.stderr.flush()
+            try:
+                return self._waiting.result()
+            finally:
+                sys.stderr.write("\r\x1b[K")
+        return self._waiting.result()
+
+    def _ask(self, question: str, model: ChatModel) -> bool:
+        rounds_before = list(self._conversation.rounds)
+        try:
+            answered = answer(model, self._conversation, question, self._writer, can_stop=self._terminal.reads_keys)
+        except ChatGLMError as error:
+            self._conversation.rounds[:] = rounds_before
+            self._terminal.complain(str(error))
+            return False
+        self._commands.last_stats = stats(model, answered)
+        self._remark(model, answered)
+        if self._terminal.reads_keys:
+            self._terminal.say("")
+        return answered.reply is None or answered.reply.finish_reason != "error"
+
+    def _remark(self, model: ChatModel, answered: Answered) -> None:
+        """What a reader should know about this answer, one line each."""
+        reply = answered.reply
+        if reply is None:
+            self._terminal.note(both("（已停止）", "(stopped)"))
+            return
+        if dropped := reply.usage.dropped_rounds:
+            self._terminal.note(
+                both(
+                    f"最早的 {dropped} 轮已超出上下文，这次没有放入",
+                    f"the oldest {plural(dropped, 'round')} did not fit into the context and stayed out",
+                )
+            )
+        if reply.finish_reason == "length":
+            tokens = reply.usage.answer_tokens
+            self._terminal.note(
+                both(
+                    f"回答到 {tokens} token 的上限为止；/set max_new_tokens N",
+                    f"cut at the limit of {plural(tokens, 'token')}; /set max_new_tokens N",
+                )
+            )
+        if reply.finish_reason == "error":
+            self._terminal.complain(reply.error or "")
+
+
+def embedded_greeting(config: ModelConfig) -> str:
+    """What the embedded model is and what it cannot do; needs no PyTorch."""
+    millions, context = config.num_parameters / 1e6, config.max_sequence_length
+    return both(
+        f"ChatGLM mini：随包附带的演示模型，{millions * 100:,.0f} 万参数（ChatGLM-6B 的 1/140），"
+        f"上下文 {context:,} token。\n它会答错、会编造事实，长回答会重复；权重仅供研究与演示。",
+        f"ChatGLM mini: the embedded demonstration model, {millions:.0f} million parameters (1/140 of ChatGLM-6B), "
+        f"context {context:,} tokens.\n"
+        "It makes mistakes and invents facts, and long answers repeat themselves; its weights are for research and "
+        "demonstration only.",
+        between="\n",
+    )
+
+
+def greeting(model: ChatModel, name: str) -> str:
+    """What was loaded, and on which path it runs."""
+    config = model.config
+    size = f"{config.num_parameters:,} parameters, context {config.max_sequence_length:,} tokens"
+    return f"{name}: {size}; {path_taken(model)}"
+
+
+def path_taken(model: ChatModel) -> str:
+    """`int4 weights on cpu, 2 threads`: where and how the model runs."""
+    import torch
+
+    threads = f", {plural(torch.get_num_threads(), 'thread')}" if model.device.type == "cpu" else ""
+    return f"{model.dtype} on {model.device}{threads} ({model.loaded.placement.reason})"
+
+
+def stats(model: ChatModel, answered: Answered) -> str:
+    """Length and speed of an answer in one line."""
+    parts = [path_taken(model), f"first token {answered.first_token_s:.2f} s"]
+    if answered.reply is not None:
+        usage = answered.reply.usage
+        rest = answered.seconds - answered.first_token_s
+        if usage.answer_tokens > 1 and rest > 0:
+            parts.append(f"{(usage.answer_tokens - 1) / rest:.1f} tokens/s")
+        parts.append(f"context {usage.context_tokens} + answer {usage.answer_tokens} tokens")
+        parts.append(f"seed {answered.reply.seed}")
+    return " · ".join(parts)
+
+
+def leave_now(code: int) -> None:
+    """End the process while a thread still imports PyTorch: an ordinary exit would wait for it, or crash in it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,68 @@
+"""Loading for a person who waits: in the background behind the first prompt, or with a progress bar."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from .options import PlacementOptions
+from .progress import ProgressBar
+from .streams import Terminal
+
+if TYPE_CHECKING:
+    from ..chat import ChatModel
+
+
+def load(source: str | None, placement: PlacementOptions, terminal: Terminal) -> ChatModel:
+    """Load with a progress bar. Raises a ChatGLMError."""
+    from ..chat import load as load_model
+
+    with ProgressBar(terminal) as progress:
+        return load_model(
+            source,
+            placement.dtype,
+            placement.device,
+            revision=placement.revision,
+            threads=placement.threads,
+            progress=progress,
+        )
+
+
+class BackgroundLoad:
+    """Starts at once in a thread, so that the prompt is there before PyTorch is; `result` waits."""
+
+    def __init__(self, job: Callable[[], ChatModel]) -> None:
+        self._job = job
+        self._model: ChatModel | None = None
+        self._error: BaseException | None = None
+        self._is_done = threading.Event()
+        threading.Thread(target=self._run, name="load the model", daemon=True).start()
+
+    @classmethod
+    def finished(cls, model: ChatModel) -> BackgroundLoad:
+        """For a model that is there already."""
+        load = cls(lambda: model)
+        load._is_done.wait()
+        return load
+
+    def _run(self) -> None:
+        try:
+            self._model = self._job()
+        except BaseException as error:  # raised again where the model is asked for
+            self._error = error
+        finally:
+            self._is_done.set()
+
+    @property
+    def is_done(self) -> bool:
+        return self._is_done.is_set()
+
+    def result(self) -> ChatModel:
+        """The model, or the error that loading ended with. Ctrl-C interrupts the wait."""
+        while not self._is_done.wait(0.2):  # a wait without a limit cannot be interrupted on Windows
+            pass
+        if self._error is not None:
+            raise self._error
+        assert self._model is not None
+        return self._model
