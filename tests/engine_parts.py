@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden_vectors import plain_model
 
 from chatglm.engine import Engine, KVCache, Runner, Sampler, SamplingParams, Sequence
 from chatglm.model import GLM, plain_attention
+from golden_vectors import plain_model
 
 GREEDY = SamplingParams(temperature=0)
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_parts import GREEDY, engine_of, sequence_of
-from golden_vectors import assert_close, cases, plain_model
 
 from chatglm.engine import SamplingParams, Sequence, beam_search
+from engine_parts import GREEDY, engine_of, sequence_of
+from golden_vectors import assert_close, cases, plain_model
 
 SAME = {"length_penalty", "early_stopping", "num_beams", "repetition_penalty", "no_repeat_ngram_size"}
 
@@ -21,9 +21,7 @@ def usable(case) -> bool:
 
 MODELS = ["base-fp32", "oned-fp32", "ptuning", "ptuning-projection"]
 FILES = {"base-fp32": "base-fp32-generate"}
-CASES = {
-    (name, case.id): case for name in MODELS for case in cases(FILES.get(name, name), "generate") if usable(case)
-}
+CASES = {(name, case.id): case for name in MODELS for case in cases(FILES.get(name, name), "generate") if usable(case)}
 
 
 def settings(case, prompt: int) -> tuple[SamplingParams, int]:
