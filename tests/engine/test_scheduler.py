@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from chatglm.engine import KVCache, SamplingParams, Sequence, beam_search
@@ -173,7 +173,6 @@ def test_prompt_that_is_no_context_is_refused(base):
             sequence_of(base, ids)
 
 
-@settings(deadline=None)
 @given(st.lists(st.one_of(st.integers(1, 70), st.just(None)), max_size=40))
 def test_slots_are_handed_out_once_and_come_back(actions):
     from golden_vectors import plain_model
