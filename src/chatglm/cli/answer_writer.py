@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .streams import Terminal, visible
 
 if TYPE_CHECKING:
+    from rich.segment import Segment
+
     from ..chat import Reply
 
 REDRAW_S = 0.06
@@ -105,15 +107,13 @@ class MarkdownWriter:
 
     def _keep(self, settled: str) -> None:
         """Print a finished part for good."""
-        from .markdown import AnswerMarkdown
+        from rich.segment import SegmentLines
 
         if self._live is not None:
             self._live.stop()
             self._live = None
         if settled.strip():
-            if self._has_printed:
-                self._console.print()
-            self._console.print(AnswerMarkdown(settled))
+            self._console.print(SegmentLines(self._lines(settled), new_lines=True), end="")
             self._has_printed = True
 
     def _draw(self) -> None:
@@ -121,20 +121,26 @@ class MarkdownWriter:
         if not self._tail.strip():
             return
         from rich.live import Live
-        from rich.segment import Segment, SegmentLines
+        from rich.segment import SegmentLines
 
-        from .markdown import AnswerMarkdown
-
-        lines = self._console.render_lines(AnswerMarkdown(self._tail), pad=False)
-        if self._has_printed:
-            lines.insert(0, [Segment("")])
         room = max(1, self._console.height - 2)
-        region = SegmentLines(lines[-room:], new_lines=True)
+        region = SegmentLines(self._lines(self._tail)[-room:], new_lines=True)
         if self._live is None:
             self._live = Live(region, console=self._console, auto_refresh=False, transient=True)
             self._live.start()
         self._live.update(region, refresh=True)
         self._drawn_at = time.monotonic()
+
+    def _lines(self, markup: str) -> list[list[Segment]]:
+        """The rendered lines of a part, after one empty line if something stands above it."""
+        from rich.segment import Segment
+
+        from .markdown import AnswerMarkdown
+
+        lines = self._console.render_lines(AnswerMarkdown(markup), pad=False)
+        while lines and not "".join(segment.text for segment in lines[0]).strip():
+            del lines[0]
+        return [[Segment("")], *lines] if self._has_printed else lines
 
 
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+)")

@@ -48,13 +48,15 @@ class PlacementOptions:
         str,
         _option("--dtype", help=f"{', '.join(_DTYPES)} [auto]", panel="Model", metavar="NAME", callback=dtype_name),
     ] = "auto"
-    device: Annotated[str, _option("--device", help="auto, cpu, cuda, cuda:N, mps [auto]", panel="Model")] = "auto"
-    devices: Annotated[int, _option("--devices", help="Number of devices [1]", panel="Model", min=1)] = 1
+    device: Annotated[
+        str, _option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps [auto]", panel="Model")
+    ] = "auto"
+    devices: Annotated[int, _option("--devices", metavar="N", help="Number of devices [1]", panel="Model", min=1)] = 1
     threads: Annotated[
-        int | None, _option("--threads", help="CPU threads [all physical cores]", panel="Model", min=1)
+        int | None, _option("--threads", metavar="N", help="CPU threads [all physical cores]", panel="Model", min=1)
     ] = None
     revision: Annotated[
-        str | None, _option("--revision", help="Branch, tag or commit of a hub name", panel="Model")
+        str | None, _option("--revision", metavar="NAME", help="Branch, tag or commit of a hub name", panel="Model")
     ] = None
 
     def check_devices(self) -> None:
@@ -75,27 +77,31 @@ class SamplingOptions:
 
     temperature: Annotated[
         float | None,
-        _option("--temperature", help=f"0 is greedy [{_DEFAULT.temperature}]", panel="Sampling"),
+        _option("--temperature", metavar="X", help=f"0 is greedy [{_DEFAULT.temperature}]", panel="Sampling"),
     ] = None
     top_p: Annotated[
         float | None,
-        _option("--top-p", help=f"Share of probability that is kept [{_DEFAULT.top_p}]", panel="Sampling"),
+        _option("--top-p", metavar="X", help=f"Share of probability that is kept [{_DEFAULT.top_p}]", panel="Sampling"),
     ] = None
     top_k: Annotated[
-        int | None, _option("--top-k", help=f"Tokens that are kept; 0 is all [{_DEFAULT.top_k}]", panel="Sampling")
+        int | None,
+        _option("--top-k", metavar="N", help=f"Tokens that are kept; 0 is all [{_DEFAULT.top_k}]", panel="Sampling"),
     ] = None
     min_p: Annotated[
         float | None,
-        _option("--min-p", help="Drop tokens below this share of the best one's probability", panel="Sampling"),
+        _option(
+            "--min-p", metavar="X", help="Drop tokens below this share of the best one's probability", panel="Sampling"
+        ),
     ] = None
     repetition_penalty: Annotated[
-        float | None, _option("--repetition-penalty", help="Above 1: fewer repetitions [1.0]", panel="Sampling")
+        float | None,
+        _option("--repetition-penalty", metavar="X", help="Above 1: fewer repetitions [1.0]", panel="Sampling"),
     ] = None
-    presence_penalty: Annotated[float | None, _option("--presence-penalty", help="-2 to 2 [0.0]", panel="Sampling")] = (
-        None
-    )
+    presence_penalty: Annotated[
+        float | None, _option("--presence-penalty", metavar="X", help="-2 to 2 [0.0]", panel="Sampling")
+    ] = None
     frequency_penalty: Annotated[
-        float | None, _option("--frequency-penalty", help="-2 to 2 [0.0]", panel="Sampling")
+        float | None, _option("--frequency-penalty", metavar="X", help="-2 to 2 [0.0]", panel="Sampling")
     ] = None
     no_repeat_ngram_size: Annotated[
         int | None,
@@ -105,19 +111,32 @@ class SamplingOptions:
         list[str] | None,
         _option("--stop", help="End the answer before this text (repeatable)", panel="Sampling", metavar="TEXT"),
     ] = None
-    seed: Annotated[int | None, _option("--seed", help="The same seed, the same answer", panel="Sampling")] = None
+    seed: Annotated[
+        int | None, _option("--seed", metavar="N", help="The same seed, the same answer", panel="Sampling")
+    ] = None
     max_new_tokens: Annotated[
-        int | None, _option("--max-new-tokens", help="Longest answer [512, less for small contexts]", panel="Sampling")
+        int | None,
+        _option(
+            "--max-new-tokens", metavar="N", help="Longest answer [512, less for small contexts]", panel="Sampling"
+        ),
     ] = None
     max_length: Annotated[
-        int | None, _option("--max-length", help="The original's limit: question and answer together", panel="Sampling")
+        int | None,
+        _option(
+            "--max-length", metavar="N", help="The original's limit: question and answer together", panel="Sampling"
+        ),
     ] = None
     num_beams: Annotated[
-        int | None, _option("--num-beams", help="Beam search with this width [1]", panel="Sampling")
+        int | None, _option("--num-beams", metavar="N", help="Beam search with this width [1]", panel="Sampling")
     ] = None
     system: Annotated[
         str | None,
-        _option("--system", help="Text before the first question (the model never had one)", panel="Sampling"),
+        _option(
+            "--system",
+            metavar="TEXT",
+            help="Text before the first question (the model never had one)",
+            panel="Sampling",
+        ),
     ] = None
 
     def settings(self) -> dict[str, Any]:
@@ -134,5 +153,5 @@ class SamplingOptions:
 
 Source = Annotated[
     str | None,
-    typer.Argument(help="Checkpoint folder or hub name [the embedded model]", show_default=False, metavar="[MODEL]"),
+    typer.Argument(help="Checkpoint folder or hub name [the embedded model]", show_default=False, metavar="MODEL"),
 ]
