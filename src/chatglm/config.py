@@ -39,7 +39,8 @@ class ModelConfig:
     residual_scale       factor of the normalised input in the residual sum (1 for norm_order "pre")
     answer_positions     rotary_1d only: where generated tokens stand, at the `[gMASK]` (the original's cached decode)
                          or running on behind the context (GLM-130B)
-    quantization_bit     0, 4 or 8: linears stored in the original's packing
+    quantization_bit     0, 4 or 8: linears stored in the original's row-wise packing, or in groups
+    quantization_group_size  weights that share a scale in the project's own format; 0 is the original's, a whole row
     pre_seq_len          length of a P-tuning v2 prefix, or None
 
     Raises ConfigError when sizes or ids are impossible. Source: GLM (ACL 2022) §2, GLM-130B (ICLR 2023) §2.
@@ -69,6 +70,7 @@ class ModelConfig:
     pad_token_id: int = 3
 
     quantization_bit: int = 0
+    quantization_group_size: int = 0
     quantization_embeddings: bool = False
     pre_seq_len: int | None = None
     prefix_projection: bool = False
@@ -109,6 +111,9 @@ class ModelConfig:
         if len(distinct) < 4:
             ids = ", ".join(f"{name} {getattr(self, name)}" for name in _ID_NAMES)
             raise ConfigError(f"config: special ids must differ; found {ids}")
+        if self.quantization_group_size % 8 or self.quantization_group_size < 0:
+            size = self.quantization_group_size
+            raise ConfigError(f"config: `quantization_group_size` is {size!r}; it must be 0 or a multiple of 8")
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ConfigError(f"config: `pre_seq_len` is {self.pre_seq_len!r}; it must be positive or absent")
 
@@ -186,6 +191,7 @@ _OWN_KEYS = (
     "qkv_layout",
     "mlp",
     "position_encoding",
+    "quantization_group_size",
 )
 
 _BOOKKEEPING = frozenset(
