@@ -53,7 +53,5 @@ def _cure(tokenizer: Tokenizer, config: ModelConfig) -> str:
             'on purpose, write "num_image_tokens": 20000 into tokenizer_config.json'
         )
     if tokenizer.offset and not config.image_tokens:
-        return (
-            "take ice_text.model from a revision since 2023-04-06, where the ids of these weights come from"
-        )
+        return "take ice_text.model from a revision since 2023-04-06, where the ids of these weights come from"
     return "take ice_text.model and config.json from the same checkpoint"

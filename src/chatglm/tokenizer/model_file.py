@@ -98,7 +98,8 @@ def read_model_file(path: str | Path) -> ModelFile:
     is_first_release = _lacks_appended_pieces(names, kinds)
     if is_first_release:
         proto = complete(raw)
-        names, kinds = _pieces(path, proto)
+        names = names + [name for name, _ in appended_pieces()]
+        kinds = kinds + [kind for _, kind in appended_pieces()]
     _check_pieces(path, len(raw), names, kinds)
     return ModelFile(path, len(raw), sha256, stored, is_first_release, proto, names, kinds)
 
@@ -157,9 +158,7 @@ def _pieces(path: Path, raw: bytes) -> tuple[list[str], list[Kind]]:
     except WireError as error:
         count = sum(entry.number == _PIECE for entry in error.fields)
         if not count:
-            raise TokenizerError(
-                f"{path} is not a SentencePiece file ({len(raw):,} bytes)", cure=_CURE
-            ) from None
+            raise TokenizerError(f"{path} is not a SentencePiece file ({len(raw):,} bytes)", cure=_CURE) from None
         raise _damaged(path, raw, count, f"it breaks off at byte {error.offset:,}") from None
     names: list[str] = []
     kinds: list[Kind] = []
@@ -173,9 +172,7 @@ def _pieces(path: Path, raw: bytes) -> tuple[list[str], list[Kind]]:
         raise _damaged(path, raw, len(names), f"piece {len(names):,} cannot be read") from None
     numbers = {entry.number for entry in fields}
     if not names:
-        raise TokenizerError(
-            f"{path} is not a SentencePiece file ({len(raw):,} bytes, no pieces)", cure=_CURE
-        )
+        raise TokenizerError(f"{path} is not a SentencePiece file ({len(raw):,} bytes, no pieces)", cure=_CURE)
     if not {_TRAINER, _NORMALIZER} <= numbers:  # cut exactly between two fields
         raise _damaged(path, raw, len(names), "its end is missing")
     return names, kinds
@@ -214,9 +211,7 @@ def _with_byte_fallback(raw: bytes, trainer: Field) -> bytes:
 
 def _lacks_appended_pieces(names: list[str], kinds: list[Kind]) -> bool:
     """Whether this is a first-release file: `<n>` is there as a symbol, and none of the 344 later pieces is."""
-    has_newline = any(
-        name == NEWLINE and kind == Kind.USER_DEFINED for name, kind in zip(names, kinds, strict=True)
-    )
+    has_newline = any(name == NEWLINE and kind == Kind.USER_DEFINED for name, kind in zip(names, kinds, strict=True))
     return has_newline and {name for name, _ in appended_pieces()}.isdisjoint(names)
 
 

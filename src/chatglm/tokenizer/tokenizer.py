@@ -55,20 +55,16 @@ class Tokenizer:
         self._ids = {piece: index + self.offset for index, piece in enumerate(file.pieces)}
         layout = symbols()
         marks = {piece: _MARK + chr(_FIRST_SYMBOL + index) for index, piece in enumerate(layout)}
-        self._marks = {
-            text: marks[piece] for piece, text in layout.items()
-        }  # layout text → what SentencePiece sees
-        self._texts = {self._ids[piece] - self.offset: text for piece, text in layout.items()}
-        spellings = {self._ids[piece] - self.offset: mark for piece, mark in marks.items()}
-        self._model = load_proto(respell(file.proto, spellings), file)
+        indices = {piece: self._ids[piece] - self.offset for piece in layout}
+        self._marks = {text: marks[piece] for piece, text in layout.items()}
+        self._texts = {indices[piece]: text for piece, text in layout.items()}
+        self._model = load_proto(respell(file.proto, {indices[piece]: mark for piece, mark in marks.items()}), file)
         self.mask_id, self.gmask_id, self.smask_id = self._ids[MASK], self._ids[GMASK], self._ids[SMASK]
         self.sop_id, self.eop_id = self._ids[SOP], self._ids[EOP]
         self.pad_id, self.unk_id = self._ids[PAD], self._ids[UNKNOWN]
 
     @classmethod
-    def from_file(
-        cls, path: str | Path, *, config: ModelConfig | None = None, image_tokens: int = 0
-    ) -> Tokenizer:
+    def from_file(cls, path: str | Path, *, config: ModelConfig | None = None, image_tokens: int = 0) -> Tokenizer:
         """From an `ice_text.model` of either form; checked against `config` when given.
 
         image_tokens   added to every id: 0, or 20,000 for a later file used with pre-slim weights; a first-release
@@ -82,11 +78,9 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, *, config: ModelConfig | None = None) -> Tokenizer:
-        """From a checkpoint folder: its `ice_text.model`, and `num_image_tokens` of its tokenizer_config.json if any."""
+        """From a checkpoint folder: its `ice_text.model`, and `num_image_tokens` of tokenizer_config.json."""
         folder = Path(folder)
-        return cls.from_file(
-            folder / TOKENIZER_FILE, config=config, image_tokens=_stored_image_tokens(folder)
-        )
+        return cls.from_file(folder / TOKENIZER_FILE, config=config, image_tokens=_stored_image_tokens(folder))
 
     def __repr__(self) -> str:
         return f"Tokenizer({str(self.path)!r}, {self.pieces:,} pieces, ids from {self.offset:,})"
@@ -132,7 +126,7 @@ class Tokenizer:
         return decoder.push(ids) + decoder.finish()
 
     def piece_text(self, token: int) -> str | int | None:
-        """What one id stands for: text (`▁` where a word begins), a byte's value, or None for ids that give nothing."""
+        """What an id stands for: text (`▁` for a blank), a byte's value, or None where it gives nothing."""
         index = token - self.offset
         if not 0 <= index < self.pieces:
             return None
@@ -150,9 +144,7 @@ class Tokenizer:
         if 0 <= token < self.offset:
             return f"<image_{token}>"
         if self.has_no_piece(token):
-            raise TokenizerError(
-                f"id {token} has no piece; {self.path} has {self.offset} to {self.vocab_size - 1}"
-            )
+            raise TokenizerError(f"id {token} has no piece; {self.path} has {self.offset} to {self.vocab_size - 1}")
         return self.file.pieces[token - self.offset]
 
     def piece_to_id(self, piece: str) -> int:
@@ -206,9 +198,7 @@ def _stored_image_tokens(folder: Path) -> int:
     except FileNotFoundError:
         return 0
     except (OSError, ValueError, AttributeError) as error:
-        raise TokenizerError(
-            f"{path}: not readable as a JSON object ({error})", cure="fetch it again"
-        ) from error
+        raise TokenizerError(f"{path}: not readable as a JSON object ({error})", cure="fetch it again") from error
     if stored not in (0, IMAGE_TOKENS):
         raise TokenizerError(f"{path}: `num_image_tokens` is {stored!r}; it must be 0 or {IMAGE_TOKENS}")
     return int(stored)
