@@ -32,8 +32,8 @@ def swap_linears(model: Model, bits: int, embeddings: bool = False) -> Model:
     bits        8 or 4; 0 leaves the model as it is
     embeddings  also the embedding and the head (the `-qe` form), which share codes and scales where the head is tied
     A model on the meta device gets empty modules to load a quantised checkpoint into; a real one has its weights
-    quantised. The model's ModelConfig follows. Raises QuantizationError for a model that is quantised already, and for a
-    weight that cannot be (the message names it); then some modules may be swapped.
+    quantised. The model's ModelConfig follows. Raises QuantizationError for a model that is quantised already, and
+    for a weight that cannot be (the message names it); then some modules may be swapped.
     """
     if bits == 0:
         return model

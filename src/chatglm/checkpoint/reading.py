@@ -1,0 +1,98 @@
+"""Reading tensors: a range of a file straight into the tensor's own memory, one at a time, checked on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .problem import FileError, Problem
+from .tensor_file import ITEM_BYTES, TensorEntry, broken
+
+CHUNK_BYTES = 8 << 20
+"""Read at once: small enough that a chunk is still in the cache when it is checked."""
+
+Count = Callable[[int], None]
+"""Called with the number of bytes that were just read."""
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch's dtype of a name in ITEM_BYTES."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def read_tensor(entry: TensorEntry, *, must_be_finite: bool = True, count: Count | None = None) -> Tensor:
+    """The tensor on the CPU in its stored dtype, contiguous. Peak memory: the tensor.
+
+    Raises FileError naming file and tensor when the file ends too early or (must_be_finite) a value is NaN or infinite.
+    """
+    flat = torch.empty(entry.span, dtype=torch_dtype(entry.dtype))
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        for chunk in flat.split(CHUNK_BYTES // ITEM_BYTES[entry.dtype]):
+            _fill(chunk, file.readinto, entry)
+            if must_be_finite and not is_finite(chunk):
+                raise not_finite(entry)
+            if count is not None:
+                count(chunk.nbytes)
+    if entry.strides is not None:
+        flat = flat.as_strided(entry.shape, entry.strides).contiguous()
+    return flat.view(entry.shape)
+
+
+def read_chunks(entry: TensorEntry, elements: int) -> Iterator[Tensor]:
+    """The values in row-major order, so many at a time; each chunk is overwritten by the next."""
+    if entry.strides is not None:
+        yield from read_tensor(entry, must_be_finite=False).flatten().split(elements)
+        return
+    buffer = torch.empty(min(elements, entry.elements), dtype=torch_dtype(entry.dtype))
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.offset)
+        for start in range(0, entry.elements, elements):
+            chunk = buffer[: entry.elements - start]
+            _fill(chunk, file.readinto, entry)
+            yield chunk
+
+
+def holds_same(first: TensorEntry, second: TensorEntry) -> bool:
+    """Whether two stored tensors have equal shapes and values, whatever their dtypes. Peak memory: some 16 MB."""
+    if first.shape != second.shape:
+        return False
+    step = min(CHUNK_BYTES // ITEM_BYTES[entry.dtype] for entry in (first, second))
+    chunks = zip(read_chunks(first, step), read_chunks(second, step), strict=True)
+    return all(
+        torch.equal(one, other) if one.dtype == other.dtype else torch.equal(one.double(), other.double())
+        for one, other in chunks
+    )
+
+
+def _fill(chunk: Tensor, readinto: Callable[[memoryview], int | None], entry: TensorEntry) -> None:
+    view = chunk.view(torch.uint8).numpy().data
+    filled = 0
+    while filled < len(view):
+        count = readinto(view[filled:])
+        if not count:
+            raise broken(entry.file, f"ended at {entry.file.stat().st_size:,} bytes while it was read", str(entry))
+        filled += count
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; integers are finite."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    low, high = torch.aminmax(values)  # one pass, and a NaN comes through
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def not_finite(entry: TensorEntry) -> FileError:
+    """The error for a tensor with a NaN or infinity."""
+    return FileError(
+        Problem(
+            entry.file.name,
+            "holds NaN or infinite values",
+            "download the file again and compare its sha256; weights that were trained so cannot be repaired",
+            str(entry),
+        )
+    )
