@@ -92,8 +92,7 @@ class MarkdownWriter:
 
     def write(self, text: str) -> None:
         self._tail += visible(text)
-        place = settled_length(self._tail)
-        if place:
+        while place := settled_length(self._tail):
             settled, self._tail = self._tail[:place], self._tail[place:]
             self._keep(settled)
         if time.monotonic() - self._drawn_at >= REDRAW_S:
@@ -147,16 +146,16 @@ _FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
 
 
 def settled_length(text: str) -> int:
-    """Length of the part whose Markdown no later text can change: up to the last blank line outside a code fence.
+    """Length of the first part whose Markdown no later text can change: up to a blank line outside a code fence; or 0.
 
     A blank line settles nothing before the line after it has begun, or if that line is indented (it belongs to a list).
     """
-    settled, offset = 0, 0
+    offset = 0
     fence: str | None = None
     after_blank = False
     for line in text.splitlines(keepends=True):
         if after_blank and line.strip() and not line[0].isspace() and fence is None:
-            settled = offset
+            return offset
         mark = _FENCE.match(line)
         if mark and fence is None:
             fence = mark.group(1)
@@ -164,7 +163,7 @@ def settled_length(text: str) -> int:
             fence = None
         after_blank = fence is None and (not line.strip() if line.endswith("\n") else False)
         offset += len(line)
-    return settled
+    return 0
 
 
 def open_writer(terminal: Terminal, *, as_json: bool) -> AnswerWriter:

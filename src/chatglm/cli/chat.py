@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,13 +18,12 @@ from .model_loading import BackgroundLoad, load
 from .options import CommonOptions, PlacementOptions, SamplingOptions, Source
 from .question_reader import QuestionReader, hint, open_reader
 from .slash_commands import SlashCommands
+from .source_folder import EMBEDDED_MODEL
 from .streams import Terminal
 from .units import plural
 
 if TYPE_CHECKING:
     from ..chat import ChatModel
-
-EMBEDDED_CONFIG = Path(__file__).parents[1] / "assets" / "mini" / "config.json"
 
 
 def chat(
@@ -48,7 +46,7 @@ def chat(
     placement.check_devices()
     source = adapter or source
     if source is None:
-        terminal.say(embedded_greeting(read_config(EMBEDDED_CONFIG)))
+        terminal.say(embedded_greeting(read_config(EMBEDDED_MODEL / "config.json")))
         reader = open_reader(terminal)
         waiting = BackgroundLoad(lambda: load(None, placement, Terminal(False, False, False)))
         name = "ChatGLM mini"

@@ -27,7 +27,9 @@ OPTIONAL_PARTS = {
 def doctor(*, common: CommonOptions) -> None:
     """Print what this machine has, which device and dtype would be chosen and why, and what is missing.
 
-    Always exit code 0. Try next: chatglm chat
+    Always exit code 0.
+
+    Try next: chatglm chat
     """
     facts = gather()
     if common.json:

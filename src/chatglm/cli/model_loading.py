@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from .options import PlacementOptions
 from .progress import ProgressBar
+from .source_folder import source_folder
 from .streams import Terminal
 
 if TYPE_CHECKING:
@@ -15,15 +16,20 @@ if TYPE_CHECKING:
 
 
 def load(source: str | None, placement: PlacementOptions, terminal: Terminal) -> ChatModel:
-    """Load with a progress bar. Raises a ChatGLMError."""
+    """Load with a progress bar. Raises a ChatGLMError, for a damaged checkpoint before PyTorch is even imported."""
+    folder = None
+    if source is not None:
+        from ..checkpoint import check
+
+        folder = source_folder(source, placement.revision)
+        check(folder)
     from ..chat import load as load_model
 
     with ProgressBar(terminal) as progress:
         return load_model(
-            source,
+            folder,
             placement.dtype,
             placement.device,
-            revision=placement.revision,
             threads=placement.threads,
             progress=progress,
         )

@@ -40,6 +40,11 @@ class CommonOptions:
         return Terminal.detect(quiet=self.quiet)
 
 
+Revision = Annotated[
+    str | None, _option("--revision", metavar="NAME", help="Branch, tag or commit of a hub name", panel="Model")
+]
+
+
 @dataclass(frozen=True)
 class PlacementOptions:
     """Where and in which form the model runs."""
@@ -55,9 +60,7 @@ class PlacementOptions:
     threads: Annotated[
         int | None, _option("--threads", metavar="N", help="CPU threads [all physical cores]", panel="Model", min=1)
     ] = None
-    revision: Annotated[
-        str | None, _option("--revision", metavar="NAME", help="Branch, tag or commit of a hub name", panel="Model")
-    ] = None
+    revision: Revision = None
 
     def check_devices(self) -> None:
         """Raises DeviceError when more devices are asked for than there are."""
