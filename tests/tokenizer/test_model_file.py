@@ -151,8 +151,9 @@ def test_a_foreign_model_is_told_by_the_pieces_it_lacks(place: Place, reduced_fi
     assert "is the SentencePiece file of another model: 246,873 bytes, 544 pieces, without `<sop>`" in refusal(
         place(no_sop)
     )
-    foreign = respell(reduced.proto, {index: f"piece{index}" for index in range(4, 300)})
-    assert "without `<n>`, `[MASK]`, `[gMASK]`, `[sMASK]` and " in refusal(place(foreign))
+    foreign = respell(reduced.proto, {index: f"piece{index}" for index in range(4, 544)})
+    text = refusal(place(foreign))
+    assert "544 pieces, without `<n>`, `[MASK]`, `[gMASK]`, `[sMASK]` and 341 more" in text
 
 
 def test_a_special_piece_that_text_could_become_is_refused(place: Place, reduced_file: Path) -> None:

@@ -60,6 +60,12 @@ def test_oldest_rounds_go_first_and_kept_ones_are_renumbered(tokenizer: Tokenize
     assert len(tokenizer.encode_context(one_more)) + 50 > 200
 
 
+def test_one_round_is_dropped_when_one_is_enough(tokenizer: Tokenizer) -> None:
+    rounds = [(f"question {number}", "answer") for number in range(9)]
+    limit = len(tokenizer.encode_context(render("last", rounds))) - 1
+    assert fit(tokenizer, "last", rounds, limit=limit, max_new_tokens=0).dropped_rounds == 1
+
+
 def test_a_question_that_exactly_fills_the_room_fits(tokenizer: Tokenizer) -> None:
     needed = len(tokenizer.encode_context("last"))
     assert fit(tokenizer, "last", ROUNDS, limit=needed + 7, max_new_tokens=7).dropped_rounds == 2

@@ -82,7 +82,7 @@ def fit(
         return len(contexts[dropped][1]) + reserved <= limit
 
     # A context only gets shorter as rounds are dropped, so a long history costs a few encodings, not one per round.
-    dropped = 0 if fits(0) else bisect_left(range(len(rounds)), True, lo=min(1, len(rounds)), key=fits)
+    dropped = 0 if fits(0) else bisect_left(range(len(rounds)), True, key=fits)
     if dropped == len(rounds) and not fits(dropped):
         length = len(contexts[dropped][1])
         what = "the question with the system message" if system else "the question"
