@@ -1,0 +1,89 @@
+"""Listing the tensors of a file, compared with torch and the safetensors library."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from chatglm.checkpoint.reading import read_tensor, torch_dtype
+from chatglm.checkpoint.tensor_file import TensorEntry, list_tensors
+from checkpoint_folders import MODELS
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16]
+DTYPES += [torch.int32, torch.int64, torch.bool]
+
+
+def assert_same(listed: dict[str, TensorEntry], expected: dict[str, Tensor]) -> None:
+    assert listed.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert listed[name].shape == tuple(tensor.shape) and torch_dtype(listed[name].dtype) == tensor.dtype
+        assert torch.equal(read_tensor(listed[name]), tensor)
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*/*.bin")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_the_originals_files_are_listed_as_torch_reads_them(path: Path) -> None:
+    assert_same(list_tensors(path), torch.load(path, weights_only=True))
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*/*.safetensors")), ids=lambda path: path.parent.name)
+def test_safetensors_are_listed_as_their_library_reads_them(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        assert_same(list_tensors(path), {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_every_dtype_is_read(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+    path = tmp_path / f"file.{suffix}"
+    tensors = {"a": torch.arange(12).reshape(3, 4).to(dtype), "b": torch.ones(5, dtype=dtype)}
+    torch.save(tensors, path) if suffix == "bin" else save_file(tensors, path)
+    assert_same(list_tensors(path), tensors)
+
+
+def test_views_parameters_scalars_and_empty_tensors_are_read(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    tensors = {
+        "slice": whole[1:3],
+        "turned": whole.T,
+        "strided": whole[:, ::2],
+        "shared": whole,
+        "repeated": torch.ones(1).expand(3),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.ones(0, 4),
+        "parameter": nn.Parameter(torch.ones(2, 2)),
+    }
+    torch.save(tensors, tmp_path / "file.bin")
+    listed = list_tensors(tmp_path / "file.bin")
+    assert_same(listed, tensors)
+    assert listed["strided"].strides == (6, 2) and listed["slice"].strides is None
+
+
+def test_a_state_dict_with_its_metadata_is_read(tmp_path: Path) -> None:
+    state = nn.Linear(3, 2).state_dict()
+    torch.save(state, tmp_path / "file.bin")
+    assert_same(list_tensors(tmp_path / "file.bin"), dict(state))
+
+
+def test_leaving_rows_out_moves_the_place_in_the_file(tmp_path: Path) -> None:
+    tensors = {"plain": torch.arange(30.0).reshape(6, 5), "turned": torch.arange(30.0).reshape(5, 6).T}
+    torch.save(tensors, tmp_path / "file.bin")
+    for name, entry in list_tensors(tmp_path / "file.bin").items():
+        assert torch.equal(read_tensor(entry.from_row(4)), tensors[name][4:])
+
+
+def test_listing_needs_no_torch_and_reads_no_tensor() -> None:
+    path = MODELS / "base-fp16"
+    code = (
+        f"import sys\nfrom chatglm.checkpoint import open_checkpoint, verify\n"
+        f"print(len(open_checkpoint({str(path)!r}).tensors), len(verify({str(path)!r}, tokenizer=False)))\n"
+        f"assert not {{'torch', 'numpy', 'huggingface_hub'}} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["40", "0"]
