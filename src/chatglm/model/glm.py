@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..config import ModelConfig
 from .attention import Attend, Cache, KeyValue, plain_attention
 from .block import Block
-from .linear import LayerNorm, Linear, activation_dtype
+from .linear import Embedding, LayerNorm, Linear, activation_dtype
 from .prefix import PrefixEncoder
 from .rotary import rotary_table
 
@@ -39,10 +39,10 @@ class Network:
         """Make the parts under the original's names."""
         self.description = config
         self.gradient_checkpointing = False
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
         if config.position_encoding == "learned_2d":
-            self.position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
-            self.block_position_embeddings = nn.Embedding(config.max_sequence_length + 1, config.hidden_size)
+            self.position_embeddings = Embedding(config.max_sequence_length + 1, config.hidden_size)
+            self.block_position_embeddings = Embedding(config.max_sequence_length + 1, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_layernorm = LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         if config.pre_seq_len is not None:

@@ -1,4 +1,4 @@
-"""Linear and LayerNorm whose weights may be stored in a narrower dtype than they compute in.
+"""Linear and LayerNorm whose weights may be stored in a narrower dtype than they compute in; Embedding beside them.
 
 Activations decide the arithmetic: a weight is widened to their dtype. CPUs have no fp16 arithmetic, so there fp16 is
 a storage format and activations are fp32: closer to the truth than fp16 sums, and faster, because widening a few rows
@@ -57,6 +57,14 @@ class Linear(nn.Linear):
                 return wide.to(hidden.dtype)
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return functional.linear(hidden, weight.to(hidden.dtype), bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws nothing on the meta device, where torch would import its compiler (a second) to do so."""
+
+    def reset_parameters(self) -> None:
+        if self.weight.device.type != "meta":
+            super().reset_parameters()
 
 
 class LayerNorm(nn.LayerNorm):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .attention import KeyValue
+from .linear import Embedding
 
 PREFIX_DROPOUT = 0.1
 
@@ -29,12 +30,12 @@ class PrefixEncoder(nn.Module):
         width = config.num_layers * 2 * config.hidden_size
         self.dropout = nn.Dropout(PREFIX_DROPOUT)
         if config.prefix_projection:
-            self.embedding = nn.Embedding(self.length, config.hidden_size)
+            self.embedding = Embedding(self.length, config.hidden_size)
             self.trans: nn.Module = nn.Sequential(
                 nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, width)
             )
         else:
-            self.embedding = nn.Embedding(self.length, width)
+            self.embedding = Embedding(self.length, width)
             self.trans = nn.Identity()
 
     def forward(self) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..errors import QuantizationError
-from ..model.linear import Linear
+from ..model.linear import Embedding, Linear
 from .modules import RowQuantizedEmbedding, RowQuantizedLinear
 from .row_format import check_bits, quantize_rows
 
@@ -66,7 +66,7 @@ def dequantize_model(model: Model, dtype: torch.dtype) -> Model:
             model.set_submodule(name, _plain_linear(linear, dtype))
     table, head = model.get_submodule("transformer.word_embeddings"), model.get_submodule("lm_head")
     if isinstance(table, RowQuantizedEmbedding):
-        plain = nn.Embedding(table.num_embeddings, table.embedding_dim, device="meta")
+        plain = Embedding(table.num_embeddings, table.embedding_dim, device="meta")
         plain.weight = nn.Parameter(table.dequantize(dtype), requires_grad=False)
         model.set_submodule("transformer.word_embeddings", plain)
         if config.tied_head:
