@@ -163,7 +163,7 @@ class _Loading:
         for name, buffer in list(self.model.named_buffers()):
             if buffer.is_meta and name not in self.places:
                 module_name, _, leaf = name.rpartition(".")
-                mark = torch.empty_like(buffer, device=self.device, dtype=self.dtype)
+                mark = torch.empty(buffer.shape, device=self.device, dtype=self.dtype)  # empty_like would import sympy
                 setattr(self.model.get_submodule(module_name), leaf, mark)
 
     def _count(self, nbytes: int) -> None:
