@@ -15,6 +15,11 @@ DATA = Path(__file__).parent / "data"
 hypothesis.settings.register_profile("house", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("house")
 
+# threads that wait by spinning starve each other where several test processes share two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach a network
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 

@@ -45,6 +45,11 @@ def linear_by_rows(
 class Linear(nn.Linear):
     """nn.Linear that takes activations of any floating dtype and answers in the same."""
 
+    def reset_parameters(self) -> None:
+        """Draw nothing without memory: on the meta device that would load the whole compiler."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, hidden: Tensor) -> Tensor:
         weight = self.weight
         if weight.device.type == "cpu" and not (torch.is_grad_enabled() and weight.requires_grad):
@@ -65,6 +70,15 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         if self.weight.device.type != "meta":
             super().reset_parameters()
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that draws nothing on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """As in Linear."""
+        if not self.weight.is_meta:
+            super().reset_parameters()  # type: ignore[no-untyped-call]
 
 
 class LayerNorm(nn.LayerNorm):
