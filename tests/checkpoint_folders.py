@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,16 @@ def small_safetensors(folder: Path, config: ModelConfig = SMALL, dtype: torch.dt
     return folder
 
 
+@cache
 def first_release(slim: bytes, appended: int = 344) -> bytes:
     """The first-release form of a tokenizer file: without its last pieces and `byte_fallback` (field 35 of field 2)."""
-    out, pieces = b"", [entry for entry in scan(slim, 0, len(slim)) if entry.number == 1]
-    dropped = {entry.start for entry in pieces[-appended:]}
-    for entry in scan(slim, 0, len(slim)):
+    out: list[bytes] = []
+    fields = scan(slim, 0, len(slim))
+    dropped = {entry.start for entry in [entry for entry in fields if entry.number == 1][-appended:]}
+    for entry in fields:
         if entry.number == 2:
             parts = [part for part in scan(slim, entry.value, entry.end) if part.number != 35]
-            out += bytes_field(2, b"".join(slim[part.start : part.end] for part in parts))
+            out.append(bytes_field(2, b"".join(slim[part.start : part.end] for part in parts)))
         elif entry.start not in dropped:
-            out += slim[entry.start : entry.end]
-    return out
+            out.append(slim[entry.start : entry.end])
+    return b"".join(out)
