@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import check, estimate_memory, load_into, open_checkpoint
 from ..config import ModelConfig
 from ..model import GLM
-from ..quantization import dequantize_model, swap_linears
+from ..quantization import dequantize_model, quantize_on_load, swap_linears
 from ..tokenizer import Tokenizer
 from .placement import WEIGHT_FORMATS, Placement, choose_placement, normalize_dtype
 
@@ -52,26 +52,30 @@ def load_model(
     tokenizer = Tokenizer.from_folder(folder, config=config)
     dtype = normalize_dtype(dtype)
     fp32_bytes = config.num_parameters * 4
-    bits = config.quantization_bit
-    expand = bits != 0 and (dtype not in ("auto", f"int{bits}") or (dtype == "auto" and fp32_bytes < SMALL_MODEL_BYTES))
-    is_packed = (bits != 0 and not expand) or dtype in WEIGHT_FORMATS
-    resident = estimate_memory(config, f"int{bits or dtype[-1]}") if is_packed else fp32_bytes
-    placement = choose_placement(device, "auto" if dtype in WEIGHT_FORMATS else dtype, resident)
+    stored = config.quantization_bit
+    wanted = int(dtype[-1]) if dtype in WEIGHT_FORMATS else 0
+    expand = stored > 0 and (fp32_bytes < SMALL_MODEL_BYTES if dtype == "auto" else wanted != stored)
+    bits = 0 if expand else stored or wanted
+    activations = "auto" if dtype in WEIGHT_FORMATS else dtype
+    placement = choose_placement(device, activations, estimate_memory(config, f"int{bits}") if bits else fp32_bytes)
 
     plain = replace(config, quantization_bit=0, quantization_embeddings=False)
     with torch.device("meta"):
         model = GLM(plain)
-        if bits:
-            swap_linears(model, bits, embeddings=config.quantization_embeddings)
-    load_into(model, checkpoint, dtype=placement.dtype, device=placement.device, progress=progress)
+    transform = None
+    if stored:
+        swap_linears(model, stored, embeddings=config.quantization_embeddings)
+    elif wanted:
+        swap_linears(model, wanted, embeddings=True)
+        transform = quantize_on_load(wanted, embeddings=True)
+    load_into(model, checkpoint, dtype=placement.dtype, device=placement.device, transform=transform, progress=progress)
     if expand:
         dequantize_model(model, placement.dtype)
-        config = plain
-    if dtype in WEIGHT_FORMATS and not (bits and not expand):
-        swap_linears(model, int(dtype[-1]), embeddings=True)
-        config = replace(config, quantization_bit=int(dtype[-1]), quantization_embeddings=True)
+        if wanted:
+            swap_linears(model, wanted, embeddings=True)
     model.requires_grad_(False)
     model.eval()
     names = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-    weights = f"int{config.quantization_bit}" if config.quantization_bit else names[placement.dtype]
-    return LoadedModel(model, tokenizer, config, folder, placement, weights)
+    held = model.config.quantization_bit
+    weights = f"int{held}" if held else names[placement.dtype]
+    return LoadedModel(model, tokenizer, model.config, folder, placement, weights)

@@ -6,6 +6,7 @@ happen to parse. So the file is walked here first. The first release is complete
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -85,6 +86,16 @@ def read_model_file(path: str | Path) -> ModelFile:
     the message has the file, its size and how many pieces could be read.
     """
     path = Path(path)
+    try:
+        state = path.stat()
+    except OSError:
+        return _read_model_file(path, 0, 0)  # says what is wrong with it
+    return _read_model_file(path, state.st_mtime_ns, state.st_size)
+
+
+@functools.lru_cache(maxsize=4)
+def _read_model_file(path: Path, _modified_ns: int, _size: int) -> ModelFile:
+    """Read once while the file stays as it is: verifying and loading both ask for it."""
     raw = _read(path)
     proto, names, kinds = raw, *_pieces(path, raw)
     stored, sha256 = len(names), hashlib.sha256(raw).hexdigest()
