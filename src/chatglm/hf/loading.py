@@ -1,0 +1,59 @@
+"""What `from_pretrained` does beside transformers' own loading: verify first, and speak of a prefix that is new."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.utils import logging
+
+from ..checkpoint import check, open_checkpoint
+from ..errors import CheckpointError
+
+logger = logging.get_logger("transformers.chatglm")
+
+_VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+DTYPE_KEY = "dtype" if _VERSION >= (4, 56) else "torch_dtype"
+"""The argument of `from_pretrained`; the older name is a warning where the newer one exists."""
+
+TIED_WEIGHTS: Any = (
+    {"lm_head.weight": "transformer.word_embeddings.weight"} if _VERSION >= (5, 0) else ["lm_head.weight"]
+)
+
+_NOT_A_FOLDER_OF_OURS = ("gguf_file", "state_dict", "subfolder", "variant", "quantization_config")
+"""Arguments that make transformers read something else than the files at the top of the folder."""
+
+
+def verify_before_loading(source: str | os.PathLike[str] | None, kwargs: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a local folder that cannot be loaded, before memory is spent.
+
+    A folder without config.json is left to transformers (adapters), a hub name too.
+    """
+    if source is None or any(kwargs.get(key) for key in _NOT_A_FOLDER_OF_OURS):
+        return
+    folder = Path(source)
+    if not (folder / "config.json").is_file():
+        return
+    check(folder, tokenizer=False)
+    if open_checkpoint(folder).is_prefix_only:
+        raise CheckpointError(
+            f"{folder} holds a P-tuning prefix alone, without the model it was trained on",
+            cure="load the base with this folder's pre_seq_len, then the prefix into model.transformer.prefix_encoder "
+            "(docs/transformers.md), or merge both with `chatglm convert --ptuning`",
+        )
+
+
+def report_new_prefix(model: Any) -> None:
+    """One warning when `pre_seq_len` was asked for and the checkpoint has no prefix: the answers will be noise."""
+    if model.config.pre_seq_len is None:
+        return
+    parts = [model, getattr(model, "transformer", None)]
+    if any(getattr(part, "has_new_prefix", False) for part in parts):
+        logger.warning(
+            f"a new P-tuning prefix of {model.config.pre_seq_len} tokens was started (the checkpoint holds none): train it, "
+            "or load a trained one into model.transformer.prefix_encoder, before asking the model anything"
+        )

@@ -1,0 +1,363 @@
+"""The original's classes on the package's network: ChatGLMModel and ChatGLMForConditionalGeneration.
+
+Module and parameter names, arguments and the shapes of outputs are the original's (spec/chatglm-6b.md §3.7, §3.8). The
+arithmetic is `chatglm.model`'s; loading and saving are transformers'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from ..model.attention import Attend, attention_weights, plain_attention, sdpa_attention
+from ..model.glm import GLM, Network
+from ..model.linear import Linear
+from ..quantization import RowQuantizedEmbedding, RowQuantizedLinear, swap_linears
+from .cache import CacheForNetwork, ChatGLMCache, as_cache, held_tokens
+from .configuration import ChatGLMConfig
+from .conversation import Conversation
+from .generation import Generation, ScoreGuard
+from .inputs import first_pass, later_pass
+from .loading import DTYPE_KEY, TIED_WEIGHTS, report_new_prefix, verify_before_loading
+
+logger = logging.get_logger("transformers.chatglm")
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class ChatGLMModelOutput(ModelOutput):  # type: ignore[misc]
+    """last_hidden_state [tokens, batch, hidden]; hidden_states: layers + 1 of the same; attentions [batch * heads, query, key]."""
+
+    last_hidden_state: Tensor | None = None
+    cache: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        return self.cache
+
+
+@dataclass
+class ChatGLMOutput(ModelOutput):  # type: ignore[misc]
+    """loss (scalar), logits [batch, tokens, vocab]; the rest as in ChatGLMModelOutput."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cache: Any = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> Any:
+        return self.cache
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+    """What both classes tell transformers about themselves."""
+
+    config_class = ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    is_parallelizable = False
+    accepts_loss_kwargs = False
+    _supports_sdpa = True
+    _no_split_modules = ["Block"]  # noqa: RUF012
+    # Stored by the original for every layer, and ignored by it when it loads.
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]  # noqa: RUF012 - `report_new_prefix` speaks of it
+    # As in the original: norms and a prefix stay fp32 until `.half()` casts everything.
+    _keep_in_fp32_modules = [  # noqa: RUF012
+        "input_layernorm",
+        "post_attention_layernorm",
+        "final_layernorm",
+        "prefix_encoder",
+    ]
+    has_new_prefix = False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with two differences: a local folder is verified before memory is spent, and without a dtype
+        the checkpoint's own is used in every version of transformers.
+        """
+        verify_before_loading(pretrained_model_name_or_path, kwargs)
+        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
+            kwargs[DTYPE_KEY] = "auto"
+        result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        model.freeze_base()
+        report_new_prefix(model)
+        return result
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """For what no checkpoint filled. A prefix keeps torch's defaults, as in the original."""
+        if getattr(module, "is_of_prefix", False):
+            self.has_new_prefix = True
+            module.reset_parameters()  # type: ignore[operator]
+        elif isinstance(module, nn.LayerNorm):
+            module.weight.data.fill_(1)
+            module.bias.data.zero_()
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            module.weight.data.normal_(0, 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.data.zero_()
+
+    def freeze_base(self) -> None:
+        """With P-tuning only the prefix is trained; without, nothing changes."""
+        if self.config.pre_seq_len is not None:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_("prefix_encoder." in name)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel, Network):
+    """Embedding, layers and final norm; `prefix_encoder` when the config has `pre_seq_len`."""
+
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True) -> None:
+        super().__init__(config)
+        self.build(config.description)
+        for part in self.prefix_encoder.modules() if config.pre_seq_len is not None else ():
+            part.is_of_prefix = isinstance(part, (nn.Embedding, nn.Linear))  # type: ignore[assignment]
+        self.freeze_base()
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.word_embeddings = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache: Any = None,
+    ) -> ChatGLMModelOutput | tuple[Any, ...]:
+        """One pass.
+
+        input_ids        int64 [batch, query], or inputs_embeds [batch, query, hidden]
+        position_ids     int64 [batch, 2, query] ([batch, query] in 1-D); needed beside past_key_values
+        attention_mask   bool [batch or 1, 1, query, key], True = blocked, or [batch, tokens], 1 = real token
+        past_key_values  a transformers Cache or the original's tuple; `cache` is the same under its newer name
+        Raises ValueError naming the row and id when mask and positions cannot be found in the ids.
+        """
+        past = cache if cache is not None else past_key_values
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        queries = (input_ids if input_ids is not None else inputs_embeds).shape[1]  # type: ignore[union-attr]
+        held = held_tokens(past)
+        if held:
+            prefix = self.description.pre_seq_len or 0
+            inputs = later_pass(attention_mask, position_ids, queries, held, prefix)
+        else:
+            inputs = first_pass(input_ids, attention_mask, position_ids, self.description, queries)
+        past = self._cache(past, use_cache)
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        output_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+        hidden_states: list[Tensor] = []
+        weights: list[Tensor] = []
+        device = self.final_layernorm.weight.device if input_ids is None else input_ids.device
+        hidden = self.run(
+            input_ids,
+            inputs.positions.to(device),
+            None if inputs.blocked is None else inputs.blocked.to(device),
+            None if past is None else CacheForNetwork(past),
+            embeddings=inputs_embeds,
+            attend=recording_attention(weights) if output_attentions else self._attend(device),
+            keep_hidden=hidden_states if output_hidden else None,
+        )
+        last = hidden.transpose(0, 1)  # [tokens, batch, hidden], the original's order
+        output = ChatGLMModelOutput(
+            last_hidden_state=last,
+            cache=past,
+            hidden_states=(*(state.transpose(0, 1) for state in hidden_states), last) if output_hidden else None,
+            attentions=tuple(weights) if output_attentions else None,
+        )
+        return output if return_dict or return_dict is None else output.to_tuple()
+
+    def _cache(self, past: Any, use_cache: bool | None) -> Any:
+        """The cache of this pass: the one given, a new one, or None."""
+        if self.gradient_checkpointing and self.training:
+            return None if not held_tokens(past) else as_cache(past)
+        wanted = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if past is not None and (held_tokens(past) or hasattr(past, "get_seq_length")):
+            return as_cache(past)
+        return ChatGLMCache() if wanted else None
+
+    def _attend(self, device: torch.device) -> Attend:
+        """PyTorch's fused attention on accelerators, the plain one on a CPU or with attn_implementation="eager"."""
+        is_fused = getattr(self.config, "_attn_implementation", None) == "sdpa" and device.type != "cpu"
+        return fused_attention if is_fused else plain_attention
+
+
+class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """The language model under the original's name, with `chat`, `stream_chat`, `generate` and `quantize`."""
+
+    _tied_weights_keys = TIED_WEIGHTS
+
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True) -> None:
+        super().__init__(config)
+        description = config.description
+        self.transformer = ChatGLMModel(config)
+        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if description.quantization_bit:
+            self._swap(description.quantization_bit, description.quantization_embeddings)
+        self.post_init()
+        self.freeze_base()
+
+    # Embedding and head
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.transformer.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Let the head share the embedding's weight, quantised or not."""
+        table, head = self.transformer.word_embeddings, self.lm_head
+        if isinstance(table, RowQuantizedEmbedding) and isinstance(head, RowQuantizedLinear):
+            if self.config.tie_word_embeddings:
+                head.tie(table)
+            return
+        super().tie_weights(*args, **kwargs)
+
+    # Forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        cache: Any = None,
+        logits_to_keep: int = 0,
+        score_guard: ScoreGuard | None = None,
+    ) -> ChatGLMOutput | tuple[Any, ...]:
+        """One pass; arguments as for ChatGLMModel.
+
+        labels          int64 [batch, tokens]; position i is scored against label i + 1, -100 is left out
+        logits_to_keep  compute scores of only the last tokens; 0: of all
+        score_guard     set by `generate`: what to do about scores that are not finite
+        """
+        output = self.transformer(
+            input_ids,
+            position_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+            return_dict=True,
+            cache=cache,
+        )
+        hidden = output.last_hidden_state.transpose(0, 1)  # [batch, tokens, hidden]
+        logits = self.lm_head(hidden[:, -logits_to_keep:] if labels is None else hidden)
+        if score_guard is not None:
+            logits = score_guard(logits)
+        loss = None if labels is None else next_token_loss(logits, labels).to(hidden.dtype)
+        result = ChatGLMOutput(
+            loss=loss,
+            logits=logits,
+            cache=output.cache,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
+        return result if return_dict or return_dict is None else result.to_tuple()
+
+    # Quantisation
+
+    def quantize(
+        self,
+        bits: int,
+        quantize_embeddings: bool = False,
+        use_quantization_cache: bool = False,
+        empty_init: bool = False,
+        **kwargs: Any,
+    ) -> ChatGLMForConditionalGeneration:
+        """Turn the linears into INT8 or INT4 in the original's packing, in place and on any device; returns the model.
+
+        bits                 8 or 4; 0 leaves the model as it is
+        quantize_embeddings  also the embedding and the head
+        The other arguments of the original are accepted and have no effect. A model that is quantised stays as it is.
+        Raises QuantizationError naming the weight that cannot be quantised.
+        """
+        if bits == 0:
+            return self
+        if self.config.quantization_bit:
+            logger.info("Already quantized.")
+            return self
+        self._swap(bits, quantize_embeddings)
+        self.config.quantization_bit = bits
+        self.config.quantization_embeddings = quantize_embeddings
+        self.transformer.config.quantization_bit = bits
+        self.transformer.config.quantization_embeddings = quantize_embeddings
+        return self
+
+    def _swap(self, bits: int, embeddings: bool) -> None:
+        plain = self.transformer.description
+        view = GLM.__new__(GLM)  # the same modules under the package's own class, which `swap_linears` works on
+        nn.Module.__init__(view)
+        view.config, view.transformer, view.lm_head = plain, self.transformer, self.lm_head  # type: ignore[assignment]
+        swap_linears(view, bits, embeddings)
+        self.transformer.config = self.config
+        self.lm_head = view.lm_head
+        if embeddings and plain.tied_head:
+            # Buffers are tied by `tie_weights` above; transformers' own tying knows parameters only.
+            self._tied_weights_keys = type(TIED_WEIGHTS)()
+            self.all_tied_weights_keys: dict[str, str] = {}
+            self._keys_to_ignore_on_load_missing = [*self._keys_to_ignore_on_load_missing, r"^lm_head\."]
+            self._keys_to_ignore_on_save = ["lm_head.weight", "lm_head.weight_scale"]
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy in fp32 of logits[:, i] against labels[:, i + 1]; -100 is left out."""
+    scores = logits[:, :-1].float().flatten(0, 1)
+    return functional.cross_entropy(scores, labels[:, 1:].flatten().to(scores.device), ignore_index=IGNORED_LABEL)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+    """PyTorch's fused attention. Padding, which may see nothing, sees everything: its value must stay a number."""
+    if blocked is not None:
+        blocked = blocked & ~blocked.all(dim=-1, keepdim=True)
+    return sdpa_attention(query, key, value, blocked)
+
+
+def recording_attention(weights: list[Tensor]) -> Attend:
+    """The plain attention, which also appends its weights [batch * heads, query, key] to a list."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
+        softmax = attention_weights(query, key, blocked)  # fp32 [batch, heads, query, key]
+        weights.append(softmax.to(query.dtype).flatten(0, 1))
+        return (softmax @ value.float()).to(query.dtype)
+
+    return attend
