@@ -53,7 +53,7 @@ def test_what_settled_stays_settled(text: str) -> None:
 
 
 def screen(written: str, width: int = 60) -> str:
-    """What a terminal shows after these characters: the few escapes that rich's Live uses, interpreted."""
+    """What a terminal shows after these characters, its two escapes interpreted: some lines up, erase below."""
     import re
 
     lines: list[str] = [""]
@@ -67,8 +67,9 @@ def screen(written: str, width: int = 60) -> str:
             count = int(re.sub(r"\D", "", part) or 1)
             if part.endswith("A"):
                 row -= count
-            elif part.endswith("K"):
-                lines[row] = ""
+            elif part.endswith("J"):
+                del lines[row + 1 :]
+                lines[row] = lines[row][:column]
             continue
         else:
             lines[row] = lines[row][:column] + part + lines[row][column + 1 :]
@@ -95,7 +96,7 @@ def _streamed(answer: str, rng: random.Random | None, height: int) -> str:
 
     out = io.StringIO()
     writer = MarkdownWriter(Terminal(True, True, True))
-    writer._console = Console(
+    writer.console = Console(
         file=out, force_terminal=True, width=60, height=height, color_system=None, legacy_windows=False
     )
     while answer and rng is not None:
@@ -112,7 +113,7 @@ def test_a_second_answer_begins_on_its_own(capsys: pytest.CaptureFixture[str]) -
     for text in ("one\n\ntwo", "three"):
         writer.write(text)
         writer.end("q", None)
-    assert [line.rstrip() for line in capsys.readouterr().out.splitlines()] == ["one", "", "two", "three"]
+    assert screen(capsys.readouterr().out) == "one\n\ntwo\nthree"
 
 
 def test_answers_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:

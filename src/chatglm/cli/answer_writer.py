@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from .streams import Terminal, visible
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.segment import Segment
 
     from ..chat import Reply
@@ -76,70 +77,64 @@ def answer_record(question: str, reply: Reply) -> dict[str, Any]:
 
 
 class MarkdownWriter:
-    """Finished paragraphs stay on the screen; the growing one is redrawn in place, its last lines if it is too tall."""
+    """Finished paragraphs stay on the screen; the growing one is redrawn in place, its last lines if it is too tall.
+
+    The cursor rests at the beginning of the line below, where the `^C` that a terminal echoes does no harm.
+    """
 
     def __init__(self, terminal: Terminal) -> None:
         from rich.console import Console
 
-        self._console = Console(no_color=not terminal.has_colour, highlight=False)
+        self.console = Console(no_color=not terminal.has_colour, highlight=False)
         self._begin()
 
     def _begin(self) -> None:
         self._tail = ""
         self._has_printed = False
-        self._live: Any = None
+        self._drawn_lines = 0
         self._drawn_at = 0.0
 
     def write(self, text: str) -> None:
         self._tail += visible(text)
         while place := settled_length(self._tail):
             settled, self._tail = self._tail[:place], self._tail[place:]
-            self._keep(settled)
+            self._show(settled)
+            self._drawn_lines, self._has_printed = 0, True
         if time.monotonic() - self._drawn_at >= REDRAW_S:
-            self._draw()
+            self._show(self._tail, max_lines=self.console.height - 1)
 
     def end(self, question: str, reply: Reply | None) -> None:
         try:
-            self._keep(self._tail)
+            self._show(self._tail)
         finally:
             self._begin()
 
-    def _keep(self, settled: str) -> None:
-        """Print a finished part for good."""
+    def _show(self, markup: str, max_lines: int | None = None) -> None:
+        """Draw a part in the place of what was drawn last, after one empty line if something stands above it."""
         from rich.segment import SegmentLines
 
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
-        if settled.strip():
-            self._console.print(SegmentLines(self._lines(settled), new_lines=True), end="")
-            self._has_printed = True
-
-    def _draw(self) -> None:
-        """Show the unfinished part below what is kept."""
-        if not self._tail.strip():
+        if not markup.strip():
             return
-        from rich.live import Live
-        from rich.segment import SegmentLines
+        lines = rendered(markup, self.console)
+        if self._has_printed:
+            lines.insert(0, [])
+        shown = lines if max_lines is None else lines[-max(1, max_lines) :]
+        with self.console.capture() as capture:
+            self.console.print(SegmentLines(shown, new_lines=True), end="")
+        back = f"\x1b[{self._drawn_lines}A\x1b[J" if self._drawn_lines else ""
+        self.console.file.write(back + capture.get())
+        self.console.file.flush()
+        self._drawn_lines, self._drawn_at = len(shown), time.monotonic()
 
-        room = max(1, self._console.height - 2)
-        region = SegmentLines(self._lines(self._tail)[-room:], new_lines=True)
-        if self._live is None:
-            self._live = Live(region, console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-        self._live.update(region, refresh=True)
-        self._drawn_at = time.monotonic()
 
-    def _lines(self, markup: str) -> list[list[Segment]]:
-        """The rendered lines of a part, after one empty line if something stands above it."""
-        from rich.segment import Segment
+def rendered(markup: str, console: Console) -> list[list[Segment]]:
+    """The lines of some Markdown, without empty ones at the beginning."""
+    from .markdown import AnswerMarkdown
 
-        from .markdown import AnswerMarkdown
-
-        lines = self._console.render_lines(AnswerMarkdown(markup), pad=False)
-        while lines and not "".join(segment.text for segment in lines[0]).strip():
-            del lines[0]
-        return [[Segment("")], *lines] if self._has_printed else lines
+    lines = console.render_lines(AnswerMarkdown(markup), pad=False)
+    while lines and not "".join(segment.text for segment in lines[0]).strip():
+        del lines[0]
+    return lines
 
 
 _FENCE = re.compile(r"^ {0,3}(```+|~~~+)")
@@ -171,5 +166,7 @@ def open_writer(terminal: Terminal, *, as_json: bool) -> AnswerWriter:
     if as_json:
         return JSONWriter()
     if terminal.shows_answers and terminal.reads_keys:
-        return MarkdownWriter(terminal)
+        writer = MarkdownWriter(terminal)
+        if not writer.console.legacy_windows:  # which cannot move the cursor up
+            return writer
     return PlainWriter(for_terminal=terminal.shows_answers)

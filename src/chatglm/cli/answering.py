@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .answer_writer import AnswerWriter
 from .conversation import Conversation
+from .streams import silent_keyboard
 
 if TYPE_CHECKING:
     from ..chat import ChatModel, Reply
@@ -71,7 +72,7 @@ def answer(
     reply: Reply | None = None
     stream = model.stream_chat(question, conversation.rounds, conversation.system, **conversation.settings)
     stop = StopOnInterrupt()
-    with stop if can_stop else nullcontext():
+    with stop if can_stop else nullcontext(), silent_keyboard() if can_stop else nullcontext():
         try:
             for delta in stream:
                 if delta.text:

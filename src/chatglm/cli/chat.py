@@ -128,7 +128,7 @@ class Talk:
         self._commands.last_stats = stats(model, answered)
         self._remark(model, answered)
         if self._terminal.reads_keys:
-            self._terminal.say("")
+            self._terminal.reply("")
         return answered.reply is None or answered.reply.finish_reason != "error"
 
     def _remark(self, model: ChatModel, answered: Answered) -> None:
@@ -160,12 +160,10 @@ def embedded_greeting(config: ModelConfig) -> str:
     """What the embedded model is and what it cannot do; needs no PyTorch."""
     millions, context = config.num_parameters / 1e6, config.max_sequence_length
     return both(
-        f"ChatGLM mini：随包附带的演示模型，{millions * 100:,.0f} 万参数（ChatGLM-6B 的 1/140），"
-        f"上下文 {context:,} token。\n它会答错、会编造事实，长回答会重复；权重仅供研究与演示。",
-        f"ChatGLM mini: the embedded demonstration model, {millions:.0f} million parameters (1/140 of ChatGLM-6B), "
-        f"context {context:,} tokens.\n"
-        "It makes mistakes and invents facts, and long answers repeat themselves; its weights are for research and "
-        "demonstration only.",
+        f"ChatGLM mini：随包附带的演示模型，{millions * 100:,.0f} 万参数，上下文 {context:,} token。\n"
+        "它会答错、会编造事实，长回答会重复；权重仅供研究与演示。",
+        f"ChatGLM mini: the embedded demo model, {millions:.0f} million parameters, {context:,} tokens of context.\n"
+        "It errs, invents facts and repeats itself. Weights for research and demo only.",
         between="\n",
     )
 

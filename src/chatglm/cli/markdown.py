@@ -27,10 +27,10 @@ class WrappedParagraph(Paragraph):
     """A paragraph broken by `line_breaks`; rich would take a Chinese sentence for one long word."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        self.text.justify = self.justify
         for line in self.text.split("\n", allow_blank=True):
             for part in line.divide(line_breaks(line.plain, options.max_width)):
                 part.rstrip()
+                part.justify = "default"  # "left" would fill the line with blanks
                 yield part
 
 

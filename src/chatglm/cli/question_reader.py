@@ -144,8 +144,8 @@ def hint(reader: QuestionReader) -> str:
     """One line on how to type here."""
     new_line = "Alt-Enter" if isinstance(reader, EditorReader) else "\\ + Enter"
     return both(
-        f"Enter 发送，{new_line} 换行，/help 看命令，Ctrl-C 停止回答、再按离开",
-        f"Enter sends, {new_line} makes a new line, /help lists commands, Ctrl-C stops an answer and then leaves",
+        f"Enter 发送，{new_line} 换行，/help 看命令；Ctrl-C 停止回答，再按离开。",
+        f"Enter sends, {new_line}: new line, /help: commands; Ctrl-C stops, again leaves.",
         between="\n",
     )
 

@@ -98,9 +98,9 @@ class SlashCommands:
 
     def _help(self, _: str) -> Outcome:
         for usage, (chinese, english) in COMMANDS.items():
-            self._terminal.say(f"  {usage:<18} {both(chinese, english)}")
-        self._terminal.say(f"  {'clear, stop':<18} {both('同 /clear、/exit', 'the same as /clear and /exit')}")
-        self._terminal.say(
+            self._terminal.reply(f"  {usage:<18} {both(chinese, english)}")
+        self._terminal.reply(f"  {'clear, stop':<18} {both('同 /clear、/exit', 'the same as /clear and /exit')}")
+        self._terminal.reply(
             f"  {'...' + chr(92):<18} {both('行尾反斜杠：下一行继续', 'at the end: goes on in the next line')}"
         )
         return Outcome()
@@ -179,16 +179,16 @@ class SlashCommands:
         params = SamplingParams.from_mapping(self.conversation.settings)
         for field in fields(SamplingParams):
             mark = "*" if field.name in self.conversation.settings else " "
-            self._terminal.say(f" {mark} {field.name:<22} {getattr(params, field.name)!r}")
-        self._terminal.say(f"   {'system':<22} {self.conversation.system!r}")
+            self._terminal.reply(f" {mark} {field.name:<22} {getattr(params, field.name)!r}")
+        self._terminal.reply(f"   {'system':<22} {self.conversation.system!r}")
         return Outcome()
 
     def _stats(self, _: str) -> Outcome:
-        self._terminal.say(self.last_stats)
+        self._terminal.reply(self.last_stats)
         return Outcome()
 
     def _done(self, text: str) -> None:
-        self._terminal.note(visible(text))
+        self._terminal.reply(visible(text))
 
     def _refuse(self, text: str) -> Outcome:
         self._terminal.complain(visible(text))

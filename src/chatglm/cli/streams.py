@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -50,6 +51,10 @@ class Terminal:
         if not self.quiet:
             self._write(text, "")
 
+    def reply(self, text: str) -> None:
+        """A plain line on stderr, also with --quiet: what was asked for."""
+        self._write(text, "")
+
     def complain(self, text: str) -> None:
         """A red line on stderr, also with --quiet."""
         self._write(text, "31")
@@ -58,6 +63,26 @@ class Terminal:
         styled = style and self.shows_notes and self.has_colour
         sys.stderr.write(f"\x1b[{style}m{text}\x1b[0m\n" if styled else f"{text}\n")
         sys.stderr.flush()
+
+
+@contextmanager
+def silent_keyboard() -> Iterator[None]:
+    """Keys that are typed inside are not echoed; they wait for the next prompt. Nothing happens without a terminal."""
+    try:
+        import termios
+
+        keyboard = sys.stdin.fileno()
+        before = termios.tcgetattr(keyboard)
+    except (ImportError, OSError, ValueError, termios.error):
+        yield
+        return
+    during = [*before]
+    during[3] &= ~termios.ECHO
+    termios.tcsetattr(keyboard, termios.TCSANOW, during)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSANOW, before)
 
 
 def _is_terminal(stream: TextIO | None) -> bool:
