@@ -31,8 +31,8 @@ class WeightFiles:
     index: Mapping[str, str]
 
     def promised(self, name: str) -> list[str]:
-        """The tensors that the index puts into the file `name`."""
-        return [tensor for tensor, file in self.index.items() if file == name]
+        """The tensors that the index puts into the file `name`, rotary buffers left out."""
+        return [tensor for tensor, file in self.index.items() if file == name and not tensor.endswith(ROTARY)]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import io
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,21 +101,43 @@ def list_torch_zip(path: Path, size: int, expected_bytes: int | None) -> dict[st
     try:
         with zipfile.ZipFile(path) as archive:
             records = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in records if name.endswith("/data.pkl")]
-            if len(pickles) != 1 or records[pickles[0]].file_size > LARGEST_PICKLE:
-                raise broken(path, "is a zip file, but not one of torch: it has no data.pkl")
-            root = pickles[0].removesuffix("data.pkl")
-            if f"{root}byteorder" in records and archive.read(f"{root}byteorder") != b"little":
-                raise broken(path, "was written on a big-endian machine, which is not read")
-            described = archive.read(pickles[0])
     except zipfile.BadZipFile as error:
         what = f"is truncated at {size:,}{of_bytes(expected_bytes)} bytes"
         if expected_bytes is None or size >= expected_bytes:
             what = f"is truncated or damaged: {size:,} bytes without the directory that ends a zip file"
         raise broken(path, what) from error
-    tensors = _unpickle(path, described)
+    pickles = [name for name in records if name.endswith("/data.pkl")]
+    if len(pickles) != 1 or records[pickles[0]].file_size > LARGEST_PICKLE:
+        raise broken(path, "is a zip file, but not one of torch: it has no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
     with path.open("rb") as file:
+        byteorder = records.get(f"{root}byteorder")
+        if byteorder is not None and _content(path, file, byteorder) != b"little":
+            raise broken(path, "was written on a big-endian machine, which is not read")
+        tensors = _unpickle(path, _content(path, file, records[pickles[0]]))
         return {name: _entry(path, file, size, records, root, name, tensor) for name, tensor in tensors.items()}
+
+
+def _content(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo) -> bytes:
+    """A small record. Read by hand, since zipfile takes a checksum that torch was told to leave out for a wrong one."""
+    start = _start(path, file, info, info.filename)
+    file.seek(start)
+    content = file.read(info.file_size)
+    if len(content) != info.file_size or (info.CRC and zlib.crc32(content) != info.CRC):
+        raise broken(path, f"is damaged: its record {info.filename} is not what was written")
+    return content
+
+
+def _start(path: Path, file: io.BufferedReader, info: zipfile.ZipInfo, name: str) -> int:
+    """Where the bytes of a record begin: behind the record's own header."""
+    file.seek(info.header_offset)
+    header = file.read(LOCAL_HEADER.size)
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise broken(path, "is compressed, which torch never does", name)
+    if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
+        raise broken(path, "is damaged: no record where its directory says", name)
+    *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    return int(info.header_offset + LOCAL_HEADER.size + name_length + extra_length)
 
 
 def _unpickle(path: Path, described: bytes) -> Mapping[str, _Tensor]:
@@ -147,16 +170,11 @@ def _entry(
     name: str,
     tensor: _Tensor,
 ) -> TensorEntry:
-    """Where a tensor lies: its record's bytes start behind the record's own header."""
+    """Where a tensor lies in the file."""
     info = records.get(f"{root}data/{tensor.storage.key}")
-    if info is None or info.compress_type != zipfile.ZIP_STORED:
+    if info is None:
         raise broken(path, "lacks the bytes of a tensor", name)
-    file.seek(info.header_offset)
-    header = file.read(LOCAL_HEADER.size)
-    if len(header) < LOCAL_HEADER.size or not header.startswith(b"PK\x03\x04"):
-        raise broken(path, "is damaged: no record where its directory says", name)
-    *_, name_length, extra_length = LOCAL_HEADER.unpack(header)
-    start = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+    start = _start(path, file, info, name)
     item = ITEM_BYTES[tensor.storage.dtype]
     strides = None if tensor.strides == _row_major(tensor.shape) else tensor.strides
     entry = TensorEntry(name, tensor.shape, tensor.storage.dtype, path, start + tensor.offset * item, strides)
