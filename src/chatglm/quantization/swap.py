@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..errors import QuantizationError
 from ..model.linear import Embedding, Linear
-from .modules import RowQuantizedEmbedding, RowQuantizedLinear
+from .group_format import quantize_groups
+from .modules import (
+    GroupQuantizedEmbedding,
+    GroupQuantizedLinear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    RowQuantizedEmbedding,
+    RowQuantizedLinear,
+)
 from .row_format import check_bits, quantize_rows
 
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
@@ -26,10 +34,11 @@ LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def swap_linears(model: Model, bits: int, embeddings: bool = False) -> Model:
-    """Turn the linears of `model` into row-quantised ones, in place; returns the model.
+def swap_linears(model: Model, bits: int, embeddings: bool = False, *, group_size: int = 0) -> Model:
+    """Turn the linears of `model` into quantised ones, in place; returns the model.
 
     bits        8 or 4; 0 leaves the model as it is
+    group_size  columns that share a scale (the project's own format); 0 is the original's row-wise format
     embeddings  also the embedding and the head (the `-qe` form), which share codes and scales where the head is tied
     A model on the meta device gets empty modules to load a quantised checkpoint into; a real one has its weights
     quantised. The model's ModelConfig follows. Raises QuantizationError for a model that is quantised already, and
@@ -40,18 +49,21 @@ def swap_linears(model: Model, bits: int, embeddings: bool = False) -> Model:
     check_bits(bits)
     config = _config(model)
     linears = _layer_linears(model)
-    if any(isinstance(linear, RowQuantizedLinear) for _, linear in linears):
+    if any(isinstance(linear, QuantizedLinear) for _, linear in linears):
         raise QuantizationError(f"the model is already quantised to INT{config.quantization_bit}")
     for name, linear in linears:
         with _named(name):
-            model.set_submodule(name, _quantized_linear(linear, bits))
+            model.set_submodule(name, _quantized_linear(linear, bits, group_size))
     if embeddings:
         with _named("transformer.word_embeddings"):
-            table = _quantized_embedding(model.get_submodule("transformer.word_embeddings"), bits)
+            table = _quantized_embedding(model.get_submodule("transformer.word_embeddings"), bits, group_size)
         model.set_submodule("transformer.word_embeddings", table)
         with _named("lm_head"):
-            model.set_submodule("lm_head", _quantized_head(model, table, bits))
-    _describe(model, replace(config, quantization_bit=bits, quantization_embeddings=embeddings))
+            model.set_submodule("lm_head", _quantized_head(model, table, bits, group_size))
+    described = replace(
+        config, quantization_bit=bits, quantization_group_size=group_size, quantization_embeddings=embeddings
+    )
+    _describe(model, described)
     return model
 
 
@@ -62,10 +74,10 @@ def dequantize_model(model: Model, dtype: torch.dtype) -> Model:
     """
     config = _config(model)
     for name, linear in _layer_linears(model):
-        if isinstance(linear, RowQuantizedLinear):
+        if isinstance(linear, QuantizedLinear):
             model.set_submodule(name, _plain_linear(linear, dtype))
     table, head = model.get_submodule("transformer.word_embeddings"), model.get_submodule("lm_head")
-    if isinstance(table, RowQuantizedEmbedding):
+    if isinstance(table, QuantizedEmbedding):
         plain = Embedding(table.num_embeddings, table.embedding_dim, device="meta")
         plain.weight = nn.Parameter(table.dequantize(dtype), requires_grad=False)
         model.set_submodule("transformer.word_embeddings", plain)
@@ -73,14 +85,16 @@ def dequantize_model(model: Model, dtype: torch.dtype) -> Model:
             tied = Linear(config.hidden_size, config.vocab_size, bias=False, device="meta")
             tied.weight = plain.weight
             model.set_submodule("lm_head", tied)
-        elif isinstance(head, RowQuantizedLinear):
+        elif isinstance(head, QuantizedLinear):
             model.set_submodule("lm_head", _plain_linear(head, dtype))
     model.to(dtype)
-    _describe(model, replace(config, quantization_bit=0, quantization_embeddings=False))
+    _describe(model, replace(config, quantization_bit=0, quantization_group_size=0, quantization_embeddings=False))
     return model
 
 
-def quantize_on_load(bits: int, embeddings: bool = False) -> Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]:
+def quantize_on_load(
+    bits: int, embeddings: bool = False, *, group_size: int = 0
+) -> Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]:
     """A `transform` for checkpoint.load_into: plain weights are quantised as they arrive, one at a time.
 
     The model must be swapped already (on the meta device, same arguments). Memory: the quantised model and one weight.
@@ -95,7 +109,7 @@ def quantize_on_load(bits: int, embeddings: bool = False) -> Callable[[str, Tens
             yield name, tensor
             return
         with _named(name):
-            packed, scale = quantize_rows(tensor, bits)
+            packed, scale = quantize_groups(tensor, bits, group_size) if group_size else quantize_rows(tensor, bits)
         yield name, packed
         yield f"{name}_scale", scale
 
@@ -131,10 +145,17 @@ def _layer_linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, model.get_submodule(name)) for name in names]
 
 
-def _quantized_linear(linear: nn.Module, bits: int) -> RowQuantizedLinear:
+def _new_linear(in_features: int, out_features: int, bits: int, group_size: int) -> QuantizedLinear:
+    """An empty one without bias, on the current default device."""
+    if group_size:
+        return GroupQuantizedLinear(in_features, out_features, bits, group_size, bias=False)
+    return RowQuantizedLinear(in_features, out_features, bits, bias=False)
+
+
+def _quantized_linear(linear: nn.Module, bits: int, group_size: int) -> QuantizedLinear:
     assert isinstance(linear, nn.Linear)
     with torch.device(linear.weight.device):
-        quantized = RowQuantizedLinear(linear.in_features, linear.out_features, bits, bias=False)
+        quantized = _new_linear(linear.in_features, linear.out_features, bits, group_size)
     if not linear.weight.is_meta:
         quantized.quantize_(linear.weight.detach())
     if linear.bias is not None:
@@ -142,28 +163,33 @@ def _quantized_linear(linear: nn.Module, bits: int) -> RowQuantizedLinear:
     return quantized
 
 
-def _quantized_embedding(table: nn.Module, bits: int) -> RowQuantizedEmbedding:
+def _quantized_embedding(table: nn.Module, bits: int, group_size: int) -> QuantizedEmbedding:
     assert isinstance(table, nn.Embedding)
+    rows, columns = table.num_embeddings, table.embedding_dim
+    quantized: QuantizedEmbedding
     with torch.device(table.weight.device):
-        quantized = RowQuantizedEmbedding(table.num_embeddings, table.embedding_dim, bits)
+        if group_size:
+            quantized = GroupQuantizedEmbedding(rows, columns, bits, group_size)
+        else:
+            quantized = RowQuantizedEmbedding(rows, columns, bits)
     quantized.dtype_like = quantized.dtype_like.to(table.weight.dtype)
     if not table.weight.is_meta:
         quantized.quantize_(table.weight.detach())
     return quantized
 
 
-def _quantized_head(model: nn.Module, embedding: RowQuantizedEmbedding, bits: int) -> RowQuantizedLinear:
+def _quantized_head(model: nn.Module, embedding: QuantizedEmbedding, bits: int, group_size: int) -> QuantizedLinear:
     """The head as a quantised linear: that of the embedding, or with its own weights."""
     config = _config(model)
     if not config.tied_head:
-        return _quantized_linear(model.get_submodule("lm_head"), bits)
+        return _quantized_linear(model.get_submodule("lm_head"), bits, group_size)
     with torch.device("meta"):
-        head = RowQuantizedLinear(config.hidden_size, config.vocab_size, bits, bias=False)
+        head = _new_linear(config.hidden_size, config.vocab_size, bits, group_size)
     head.tie(embedding)
     return head
 
 
-def _plain_linear(linear: RowQuantizedLinear, dtype: torch.dtype) -> Linear:
+def _plain_linear(linear: QuantizedLinear, dtype: torch.dtype) -> Linear:
     plain = Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     plain.weight = nn.Parameter(linear.dequantize(dtype), requires_grad=False)
     if linear.bias is not None:
