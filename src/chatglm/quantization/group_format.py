@@ -123,6 +123,7 @@ def dequantize_groups(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dty
     """
     check_bits(bits)
     codes = (unpack_pairs(packed) if bits == 4 else packed).unflatten(-1, (scale.shape[-1], -1))
+    weights: Tensor
     if dtype == torch.float16 and scale.dtype == torch.float16:
         weights = codes.half() * scale[..., None]  # the same single rounding, without an fp32 copy
     else:
