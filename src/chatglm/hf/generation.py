@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessorList
 from transformers.utils import logging
 
 from ..config import ModelConfig
 from ..errors import ChatGLMError
 from ..model.positions import Layout, find_layout, generation_positions
+from .beams import beam_search
 from .cache import ChatGLMCache, held_tokens
 from .inputs import blocked_mask, left_padding, padded_blocked
 from .stepwise import stepwise
@@ -162,6 +163,21 @@ class Generation(_Mixin):
             past.reorder_cache(beam_idx)
             return past
         return tuple(tuple(part.index_select(1, beam_idx.to(part.device)) for part in pair) for pair in past)
+
+    def _beam_search(
+        self,
+        input_ids: Tensor,
+        beam_scorer: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        generation_config: Any = None,
+        synced_gpus: bool = False,
+        logits_warper: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Called by transformers for `num_beams` above 1, with other arguments from version to version."""
+        processors = LogitsProcessorList([*logits_processor, *(logits_warper or ())])
+        return beam_search(self, input_ids, processors, stopping_criteria, generation_config, model_kwargs)
 
     @torch.no_grad()
     def stream_generate(
