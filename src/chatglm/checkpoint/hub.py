@@ -27,6 +27,9 @@ NOTE = ".chatglm-pull.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 DEFAULT_REVISION = "main"
 
+PAUSE_S = 1.0
+"""Before a broken line is tried again; doubled each time."""
+
 
 def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `source` itself, or where a hub name was pulled to. Never opens a socket.
@@ -137,7 +140,7 @@ def _fetch_all(
             done += nbytes
             tell(name)
 
-        fetch(remote, place.path(remote), token=token, count=count)
+        fetch(remote, place.path(remote), token=token, count=count, pause_s=PAUSE_S)
 
 
 def _check_disk(root: Path, needed: int) -> None:

@@ -38,7 +38,7 @@ Count = Callable[[int], None]
 """Called with a number of bytes that are there now (negative when some were given up)."""
 
 
-def fetch(remote: RemoteFile, path: Path, *, token: str | None, count: Count, pause_s: float = 1.0) -> None:
+def fetch(remote: RemoteFile, path: Path, *, token: str | None, count: Count, pause_s: float) -> None:
     """Download to `path`, which appears when it is complete; what an interruption leaves is gone on with.
 
     The token is sent to the hub only, never to where the hub redirects. Raises DownloadError when the line stays
@@ -53,6 +53,7 @@ def fetch(remote: RemoteFile, path: Path, *, token: str | None, count: Count, pa
             have = _continue(remote, part, have, token, count)
             break
         except urllib.error.HTTPError as error:
+            error.close()
             if error.code < 500:
                 raise _refused(remote, error) from error
             reason: Exception = error
