@@ -215,13 +215,11 @@ class ChatModel:
                         for output in self.engine.step():
                             if output.token is not None and (text := answer.push(output.token)):
                                 yield Delta(text)
-                        if answer.is_stopped:
-                            sequence.finish_reason = "stop"
+                        _end_where_stopped(sequence, answer)
                 finally:
                     self.engine.abandon([sequence])
         rest = answer.finish()
-        if answer.is_stopped:
-            sequence.finish_reason = "stop"
+        _end_where_stopped(sequence, answer)
         streamed = rest if sequence.params.num_beams == 1 else answer.text
         yield Delta(streamed, self._reply(sequence, answer.text, question, rounds, dropped))
 
@@ -241,14 +239,12 @@ class ChatModel:
                     answer = answers[output.sequence.number]
                     if output.token is not None:
                         answer.push(output.token)
-                        if answer.is_stopped:
-                            output.sequence.finish_reason = "stop"
+                        _end_where_stopped(output.sequence, answer)
         finally:
             self.engine.abandon(sequences)
         for sequence in sequences:
             answers[sequence.number].finish()
-            if answers[sequence.number].is_stopped:
-                sequence.finish_reason = "stop"
+            _end_where_stopped(sequence, answers[sequence.number])
         return [answers[sequence.number].text for sequence in sequences]
 
     def _reply(
@@ -258,6 +254,13 @@ class ChatModel:
         usage = Usage(sequence.num_prompt_tokens, len(sequence.generated_ids), dropped)
         history = [*rounds, (question, text)]
         return Reply(text, history, sequence.finish_reason, usage, sequence.seed, sequence.error)
+
+
+def _end_where_stopped(sequence: Sequence, answer: AnswerText) -> None:
+    """A stop string was found in the text: the sequence ends with the token that completed it."""
+    if answer.is_stopped:
+        sequence.finish_reason = "stop"
+        del sequence.generated_ids[answer.tokens :]
 
 
 def default_cache_tokens(loaded: LoadedModel) -> int:

@@ -91,9 +91,9 @@ class PrefillView:
 
 @dataclass
 class DecodeView:
-    """The cache in a decode step: one new token a sequence, which looks at all of its own.
+    """The cache in a decode step: new tokens (one a sequence, more where drafts are verified) look at all of their own.
 
-    write_slots  int64 [batch]
+    write_slots  int64 [batch, new]
     read_slots   int64 [batch, length], slot 0 where a sequence is shorter; or a slice of neighbouring slots (batch 1)
     """
 
@@ -103,10 +103,10 @@ class DecodeView:
     length: int
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token [batch, heads, 1, head_dim]; return [batch, heads, length, head_dim]."""
+        """Store [batch, heads, new, head_dim]; return [batch, heads, length, head_dim]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]  # [slots, heads, head_dim]
-        keys[self.write_slots] = key[:, :, 0].to(keys.dtype)
-        values[self.write_slots] = value[:, :, 0].to(values.dtype)
+        keys[self.write_slots] = key.transpose(1, 2).to(keys.dtype)
+        values[self.write_slots] = value.transpose(1, 2).to(values.dtype)
         read_keys, read_values = keys[self.read_slots], values[self.read_slots]
         if isinstance(self.read_slots, slice):
             read_keys, read_values = read_keys[None], read_values[None]

@@ -72,20 +72,41 @@ class Runner:
         lengths = [len(table) for table in tables]
         longest = max(lengths)
         blocked: Tensor | None = None
-        read: Tensor | slice
-        if len(tables) == 1 and tables[0][-1] - tables[0][0] == longest - 1 and _is_run(tables[0]):
-            read = slice(tables[0][0], tables[0][-1] + 1)
-        else:
-            read = torch.tensor([table + [0] * (longest - len(table)) for table in tables], device=device)
-            if min(lengths) < longest:
-                held = torch.tensor(lengths, device=device)
-                blocked = (torch.arange(longest, device=device) >= held[:, None])[:, None, None]  # [batch, 1, 1, key]
-        view = DecodeView(self.cache, torch.tensor([table[-1] for table in tables], device=device), read, longest)
+        if min(lengths) < longest:
+            held = torch.tensor(lengths, device=device)
+            blocked = (torch.arange(longest, device=device) >= held[:, None])[:, None, None]  # [batch, 1, 1, key]
+        write = torch.tensor([table[-1:] for table in tables], device=device)
+        view = DecodeView(self.cache, write, _read_slots(tables, longest, device), longest)
         layout = self._layout(owners, [0] * len(owners))
         index = torch.tensor(lengths, device=device) - 1 - self.prefix_length  # place of each new token
         positions = self._positions_at(layout, index)
         hidden = self.model.transformer(tokens[:, None], positions, blocked, view, attend=self.attend)
         return self.model.logits(hidden[:, -1])
+
+    @torch.inference_mode()
+    def verify(self, sequence: Sequence, draft: list[int]) -> Tensor:
+        """Feed the newest token and a draft of what may follow; fp32 logits [draft + 1, vocab], one row after each.
+
+        `sequence.cached` counts the newest token only; the caller adds the draft tokens that it accepts.
+        """
+        device = self.model.device
+        tokens = torch.tensor([[sequence.generated_ids[-1], *draft]], device=device)
+        start, new = sequence.cached, len(draft) + 1
+        table = sequence.slots[: start + new]
+        view = DecodeView(
+            self.cache,
+            torch.tensor([table[start:]], device=device),
+            _read_slots([table], len(table), device),
+            start + new,
+        )
+        blocked = torch.ones(new, start + new, dtype=torch.bool, device=device).triu(start + 1)[None, None]
+        layout = self._layout([sequence], [0])
+        first = torch.tensor([start - self.prefix_length], device=device)
+        shifted = Layout(layout.context_lengths, layout.mask_places, layout.is_gmask, -first)
+        positions = generation_positions(shifted, new, self.model.config)
+        hidden = self.model.transformer(tokens, positions, blocked, view, attend=self.attend)
+        sequence.cached += 1
+        return self.model.logits(hidden[0])
 
     def _layout(self, sequences: list[Sequence], padding: list[int]) -> Layout:
         device = self.model.device
@@ -102,6 +123,10 @@ class Runner:
         return generation_positions(shifted, 1, self.model.config)
 
 
-def _is_run(slots: list[int]) -> bool:
-    """Whether the slots are neighbours in order; first and last were compared before."""
-    return all(later - earlier == 1 for earlier, later in itertools.pairwise(slots))
+def _read_slots(tables: list[list[int]], longest: int, device: torch.device) -> Tensor | slice:
+    """The slots to read, [batch, longest] with scratch slots at the end; a slice where one table is a run."""
+    table = tables[0]
+    is_run = table[-1] - table[0] == longest - 1 and all(b - a == 1 for a, b in itertools.pairwise(table))
+    if len(tables) == 1 and is_run:
+        return slice(table[0], table[-1] + 1)
+    return torch.tensor([row + [0] * (longest - len(row)) for row in tables], device=device)

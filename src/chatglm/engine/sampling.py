@@ -31,6 +31,8 @@ class SamplingParams:
     min_new_tokens        no end before this many tokens num_beams             beam search with this width
     (temperature is then not used) length_penalty        exponent of the length that divides a beam's score
     early_stopping        end a beam search as soon as `num_beams` answers are complete
+    prompt_lookup         guess up to this many tokens ahead from earlier text and verify them in one step; the answer
+                          is the same, sooner where text repeats (0 is off; acts while one sequence runs)
 
     Raises RequestError naming the field, its value and the allowed range.
     """
@@ -52,6 +54,7 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    prompt_lookup: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -103,6 +106,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "max_length": (1, 1_000_000, True),
     "min_new_tokens": (0, 1_000_000, True),
     "num_beams": (1, 64, True),
+    "prompt_lookup": (0, 64, True),
     "length_penalty": (-10, 10, False),
 }
 

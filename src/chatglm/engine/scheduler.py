@@ -16,6 +16,7 @@ from ..errors import DeviceError
 from .runner import Runner
 from .sampler import Sampler
 from .sequence import Sequence
+from .speculation import propose
 
 NOT_FINITE = "the scores of this sequence became NaN or infinite (damaged weights, or a dtype that overflows)"
 
@@ -93,8 +94,12 @@ class Engine:
         batch = started or scheduler.running
         if batch:
             try:
-                logits = self.runner.prefill(batch) if started else self.runner.decode(batch)
-                outputs += self._take(logits, batch)
+                draft = propose(batch[0]) if len(batch) == 1 and not started else []
+                if draft:
+                    outputs += self._take_drafted(batch[0], draft)
+                else:
+                    logits = self.runner.prefill(batch) if started else self.runner.decode(batch)
+                    outputs += self._take(logits, batch)
             except BaseException:
                 self.abandon([*started, *scheduler.running])
                 raise
@@ -131,6 +136,18 @@ class Engine:
                 continue
             sequence.append(token, self.sampler.end_id)
             outputs.append(StepOutput(sequence, None if sequence.finish_reason == "stop" else token))
+        return outputs
+
+    def _take_drafted(self, sequence: Sequence, draft: list[int]) -> list[StepOutput]:
+        """Sample one token after another as ever; each that the draft had guessed saves a pass of the network."""
+        logits = self.runner.verify(sequence, draft)
+        outputs: list[StepOutput] = []
+        for row, guess in enumerate([*draft, None]):
+            outputs += self._take(logits[row : row + 1], [sequence])
+            if sequence.is_finished or outputs[-1].token != guess:
+                break
+            sequence.cached += 1
+        sequence.drafts.record(len(draft), accepted=len(outputs) - 1)
         return outputs
 
     def _drop_cancelled(self) -> list[StepOutput]:

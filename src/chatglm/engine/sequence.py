@@ -11,6 +11,7 @@ import numpy
 
 from ..errors import PromptTooLongError
 from .sampling import SamplingParams
+from .speculation import DraftRecord
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """`stop`: the model ended it, or a stop string did; `length`: a token limit did; `cancelled`: the caller did;
@@ -40,6 +41,7 @@ class Sequence:
     error: str | None = None
     slots: list[int] = field(default_factory=list)
     cached: int = 0
+    drafts: DraftRecord = field(default_factory=DraftRecord)
     number: int = field(default_factory=lambda: next(_numbers))
     seed: int = 0
 

@@ -19,10 +19,11 @@ _UNSETTLED = re.compile(
 
 
 class AnswerText:
-    """Feed ids with `push`, close with `finish`; `text` is what was given out so far."""
+    """Feed ids with `push`, close with `finish`; `text` is what was given out so far, `tokens` what it took."""
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, normalize: bool = True) -> None:
         self.text = ""
+        self.tokens = 0
         self._decoder = StreamDecoder(tokenizer)
         self._stop = StopStrings(stop)
         self._normalize = normalize
@@ -35,7 +36,10 @@ class AnswerText:
         return self._stop.is_found
 
     def push(self, token: int) -> str:
-        """New text that no later token can change."""
+        """New text that no later token can change; nothing, and the token not counted, after a stop string."""
+        if self.is_stopped:
+            return ""
+        self.tokens += 1
         return self._give(self._decoder.push(token), is_last=False)
 
     def finish(self) -> str:
