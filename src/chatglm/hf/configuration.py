@@ -123,6 +123,10 @@ class ChatGLMConfig(PretrainedConfig):  # type: ignore[misc]
         """The network as the rest of the package describes it. Raises ConfigError when it cannot be."""
         return from_original(self._arithmetic())
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoConfig") -> None:
+        """Nothing: this class is found by name, and its source is not copied beside saved configs."""
+
 
 _BASE_ATTRIBUTES: set[str] = set()
 _LOADING_KEYS = ("attn_implementation", "experts_implementation", "name_or_path", "torch_dtype", "dtype", "trust_remote_code")

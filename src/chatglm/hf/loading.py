@@ -7,10 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers.utils import logging
 
 from ..checkpoint import check, open_checkpoint
+from ..checkpoint.loading import untied
+from ..checkpoint.problem import FileError
+from ..checkpoint.reading import holds_same
 from ..errors import CheckpointError
 
 logger = logging.get_logger("transformers.chatglm")
@@ -39,12 +43,29 @@ def verify_before_loading(source: str | os.PathLike[str] | None, kwargs: Mapping
     if not (folder / "config.json").is_file():
         return
     check(folder, tokenizer=False)
-    if open_checkpoint(folder).is_prefix_only:
+    checkpoint = open_checkpoint(folder)
+    if checkpoint.is_prefix_only:
         raise CheckpointError(
             f"{folder} holds a P-tuning prefix alone, without the model it was trained on",
             cure="load the base with this folder's pre_seq_len, then the prefix into model.transformer.prefix_encoder "
             "(docs/transformers.md), or merge both with `chatglm convert --ptuning`",
         )
+    if checkpoint.config.tied_head:
+        for name, entry in checkpoint.tensors.items():
+            table = checkpoint.tensors.get(name.replace("lm_head.", "transformer.word_embeddings."))
+            if name.startswith("lm_head.") and (table is None or not holds_same(entry, table)):
+                raise FileError(untied(entry))
+
+
+def fill_new_prefix(model: Any) -> None:
+    """Start a prefix that transformers (before 4.51) left without memory because the checkpoint has none."""
+    encoder = getattr(getattr(model, "transformer", model), "prefix_encoder", None)
+    for part in encoder.modules() if encoder is not None else ():
+        if any(parameter.is_meta for parameter in part.parameters(recurse=False)):
+            part.to_empty(device=model.device, recurse=False)
+            part.to(torch.float32)
+            part.reset_parameters()
+            model.has_new_prefix = True
 
 
 def report_new_prefix(model: Any) -> None:

@@ -24,7 +24,7 @@ from .configuration import ChatGLMConfig
 from .conversation import Conversation
 from .generation import Generation, ScoreGuard
 from .inputs import first_pass, later_pass
-from .loading import DTYPE_KEY, TIED_WEIGHTS, report_new_prefix, verify_before_loading
+from .loading import DTYPE_KEY, TIED_WEIGHTS, fill_new_prefix, report_new_prefix, verify_before_loading
 
 logger = logging.get_logger("transformers.chatglm")
 
@@ -73,13 +73,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     # Stored by the original for every layer, and ignored by it when it loads.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
     _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]  # noqa: RUF012 - `report_new_prefix` speaks of it
-    # As in the original: norms and a prefix stay fp32 until `.half()` casts everything.
-    _keep_in_fp32_modules = [  # noqa: RUF012
-        "input_layernorm",
-        "post_attention_layernorm",
-        "final_layernorm",
-        "prefix_encoder",
-    ]
+    # As in the original, norms stay fp32 until `.half()` casts everything; a prefix too.
+    _keep_in_fp32_modules = ["input_layernorm", "post_attention_layernorm", "final_layernorm"]  # noqa: RUF012
     has_new_prefix = False
 
     @classmethod
@@ -90,24 +85,31 @@ class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         verify_before_loading(pretrained_model_name_or_path, kwargs)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs[DTYPE_KEY] = "auto"
+        kwargs.setdefault("low_cpu_mem_usage", True)  # one copy of the weights, also before transformers 4.5x
         result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
+        fill_new_prefix(model)
         model.freeze_base()
         report_new_prefix(model)
         return result
 
     def _init_weights(self, module: nn.Module) -> None:
         """For what no checkpoint filled. A prefix keeps torch's defaults, as in the original."""
+        # `nn.init` functions, because transformers 5 makes those leave loaded weights alone.
         if getattr(module, "is_of_prefix", False):
-            self.has_new_prefix = True
+            self.has_new_prefix |= not getattr(module.weight, "_is_hf_initialized", False)
             module.reset_parameters()  # type: ignore[operator]
         elif isinstance(module, nn.LayerNorm):
-            module.weight.data.fill_(1)
-            module.bias.data.zero_()
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.data.normal_(0, 0.02)
+            nn.init.normal_(module.weight, 0, 0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.data.zero_()
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
+        """Nothing: this class is found by name, and its source is not copied beside saved models."""
 
     def freeze_base(self) -> None:
         """With P-tuning only the prefix is trained; without, nothing changes."""
@@ -122,8 +124,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel, Network):
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True) -> None:
         super().__init__(config)
         self.build(config.description)
-        for part in self.prefix_encoder.modules() if config.pre_seq_len is not None else ():
-            part.is_of_prefix = isinstance(part, (nn.Embedding, nn.Linear))  # type: ignore[assignment]
+        if config.pre_seq_len is not None:
+            self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "prefix_encoder"]
+            for part in self.prefix_encoder.modules():
+                part.is_of_prefix = isinstance(part, (nn.Embedding, nn.Linear))  # type: ignore[assignment]
         self.freeze_base()
         self.post_init()
 
@@ -213,10 +217,15 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True) -> None:
         super().__init__(config)
         description = config.description
-        self.transformer = ChatGLMModel(config)
-        self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
+        device = torch.empty(0).device  # transformers may build under `torch.device("meta")`
+        with torch.device("meta" if description.quantization_bit else device):
+            self.transformer = ChatGLMModel(config)
+            self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
         if description.quantization_bit:
             self._swap(description.quantization_bit, description.quantization_embeddings)
+            self.to_empty(device=device)
+        if config.pre_seq_len is not None:
+            self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "prefix_encoder"]
         self.post_init()
         self.freeze_base()
 
@@ -234,14 +243,21 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
 
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Let the head share the embedding's weight, quantised or not."""
+    def tie_weights(self, missing_keys: set[str] | None = None, *args: Any, **kwargs: Any) -> None:
+        """Let the head share the embedding's weight, quantised or not. Newer versions pass what a checkpoint lacked.
+
+        transformers' own rule depends on its version: some keep a stored head apart, and none ties buffers.
+        """
+        if not self.config.tie_word_embeddings:
+            return
         table, head = self.transformer.word_embeddings, self.lm_head
         if isinstance(table, RowQuantizedEmbedding) and isinstance(head, RowQuantizedLinear):
-            if self.config.tie_word_embeddings:
-                head.tie(table)
-            return
-        super().tie_weights(*args, **kwargs)
+            head.tie(table)
+        else:
+            head.weight = table.weight
+            head.out_features = table.num_embeddings  # type: ignore[assignment]
+        if missing_keys is not None:
+            missing_keys -= {"lm_head.weight", "lm_head.weight_scale"}
 
     # Forward
 
@@ -332,7 +348,7 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
         self.transformer.config = self.config
         self.lm_head = view.lm_head
         if embeddings and plain.tied_head:
-            # Buffers are tied by `tie_weights` above; transformers' own tying knows parameters only.
+            # transformers' own tying knows parameters only, and these are buffers.
             self._tied_weights_keys = type(TIED_WEIGHTS)()
             self.all_tied_weights_keys: dict[str, str] = {}
             self._keys_to_ignore_on_load_missing = [*self._keys_to_ignore_on_load_missing, r"^lm_head\."]
