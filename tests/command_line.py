@@ -62,6 +62,7 @@ class AtTerminal:
             start_new_session=True,
         )
         os.close(slave)
+        self.raw = b""
         self.screen = ""
         self._seen = 0
 
@@ -94,6 +95,13 @@ class AtTerminal:
             pass
         return self.process.wait(max(1.0, deadline - time.monotonic()))
 
+    def wait_until_asleep(self) -> None:
+        """Wait until the main thread waits for something, as far as the system tells."""
+        state = Path(f"/proc/{self.process.pid}/stat")
+        deadline = time.monotonic() + TIMEOUT_S
+        while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < deadline, "the program never waits"
+
     def rest(self) -> str:
         """What appeared since the last wait."""
         return self.screen[self._seen :]
@@ -105,8 +113,8 @@ class AtTerminal:
             raw = os.read(self._master, 65_536)
         except OSError:  # the other side is closed
             return False
-        self._raw = getattr(self, "_raw", b"") + raw
-        self.screen = _ESCAPE.sub("", self._raw.decode("utf-8", "replace")).replace("\r", "")
+        self.raw += raw
+        self.screen = _ESCAPE.sub("", self.raw.decode("utf-8", "replace")).replace("\r", "")
         return bool(raw)
 
 

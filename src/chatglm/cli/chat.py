@@ -162,7 +162,7 @@ def embedded_greeting(config: ModelConfig) -> str:
     return both(
         f"ChatGLM mini：随包附带的演示模型，{millions * 100:,.0f} 万参数，上下文 {context:,} token。\n"
         "它会答错、会编造事实，长回答会重复；权重仅供研究与演示。",
-        f"ChatGLM mini: the embedded demo model, {millions:.0f} million parameters, {context:,} tokens of context.\n"
+        f"ChatGLM mini: the embedded demo, {millions:.0f} million parameters, context {context:,} tokens.\n"
         "It errs, invents facts and repeats itself. Weights for research and demo only.",
         between="\n",
     )

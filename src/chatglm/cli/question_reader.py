@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from .language import both
@@ -44,6 +46,7 @@ class LineReader:
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
+        self._interrupted = ""
         try:
             import readline
         except ImportError:
@@ -53,13 +56,22 @@ class LineReader:
             load_history_file(readline)
 
     def read(self) -> str | None:
-        while True:
-            try:
-                return join_continued(self._line)
-            except KeyboardInterrupt:
-                sys.stderr.write("\n")
-                if not self._typed():
-                    raise
+        before = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            while True:
+                self._interrupted = ""
+                try:
+                    return join_continued(self._line)
+                except KeyboardInterrupt:
+                    sys.stderr.write("\n")
+                    if not self._interrupted:
+                        raise
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = self._typed()  # only here: readline forgets the line before the exception arrives
+        raise KeyboardInterrupt
 
     def _line(self, prompt: str) -> str | None:
         if not self._terminal.shows_answers:  # input() would write the prompt among the answers
