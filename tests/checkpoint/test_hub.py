@@ -221,9 +221,7 @@ def test_a_stored_token_is_not_sent_to_a_mirror(
     hub.push(files)
     pull("owner/model", tmp_path / "a", endpoint=hub.url)
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # both are read from the environment at import
-    template = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + template)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read from the environment at import
     pull("owner/model", tmp_path / "b")
     assert not [headers for _, _, headers in hub.requests if "hf_stored" in str(headers)]
     monkeypatch.delenv("HF_ENDPOINT")  # now it counts as the hub itself

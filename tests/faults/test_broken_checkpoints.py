@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_broken_weight_files import only_problem
 
-from chatglm.checkpoint import check, expected_tensors, open_checkpoint, verify
+from chatglm.checkpoint import Checkpoint, TensorEntry, check, expected_tensors, open_checkpoint, verify
 from chatglm.checkpoint.releases import RELEASES, shard_name
 from chatglm.config import ModelConfig, to_original
 from chatglm.errors import CheckpointError
@@ -26,6 +27,7 @@ from checkpoint_folders import (
     golden_copy,
     small_safetensors,
 )
+from golden_vectors import GOLDEN
 
 TABLE = "transformer.word_embeddings.weight"
 DENSE = "transformer.layers.0.attention.dense.weight"
@@ -226,6 +228,10 @@ def test_a_released_set_of_weights_must_have_its_own_tokenizer_file(tmp_path: Pa
     ignored_field = b"\xa2\x06\x01x"  # number 100, which SentencePiece skips
     (tmp_path / "ice_text.model").write_bytes(tokenizer_file.read_bytes() + ignored_field)
     (problem,) = [problem for problem in verify(tmp_path) if problem.file == "ice_text.model"]
+    entry = TensorEntry("a", (1,), "float16", tmp_path / shard_name(0), 0)
+    shards = {str(k): replace(entry, file=tmp_path / shard_name(k)) for k in range(8)}
+    assert Checkpoint(tmp_path, ModelConfig(), shards, None).release == "v1.1.0 or v0.1.0"
+    assert open_checkpoint(GOLDEN / "models" / "base-fp16").release is None
     assert "the weights are those of v1.1.0 or v0.1.0" in problem.what and "5e974d9a69c242ce" in problem.what
     with (tmp_path / shard_name(7)).open("r+b") as file:
         file.truncate(RELEASES[0].sizes[7] - 1)

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..tokenizer.model_file import TOKENIZER_FILE
 from .layout import EMBEDDING, HEAD, PREFIX, ROTARY, expected_tensors
 from .problem import PULL, FileError, Problem
-from .releases import known_sizes
+from .releases import known_sizes, release_name
 from .tensor_file import TensorEntry, list_tensors
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
@@ -64,6 +64,11 @@ class Checkpoint:
         for entry in self.tensors.values():
             counts[entry.dtype] = counts.get(entry.dtype, 0) + entry.nbytes
         return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+    @property
+    def release(self) -> str | None:
+        """The release whose file sizes these are (`v1.1.0 or v0.1.0`), or None. A note: tuned weights have them too."""
+        return release_name(self.files)
 
     @property
     def is_prefix_only(self) -> bool:

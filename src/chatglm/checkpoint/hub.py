@@ -173,9 +173,7 @@ class _Hub:
 
     def look_up(self, repo: str, commit: str, name: str) -> RemoteFile:
         """Size and hash of a file, without its bytes."""
-        from huggingface_hub import hf_hub_url
-
-        url = hf_hub_url(repo, name, revision=commit, endpoint=self.endpoint)
+        url = f"{self.endpoint}/{repo}/resolve/{commit}/{name}"
         found = self.api.get_hf_file_metadata(url=url, token=self.token or False)
         if found.size is None or found.etag is None:
             raise DownloadError(f"{self.endpoint} does not tell size and hash of {name}", cure="use another mirror")

@@ -6,8 +6,9 @@ all have the sizes of a release must be that release's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config import Era, ModelConfig
 
@@ -87,6 +88,12 @@ def known_sizes(config: ModelConfig | None) -> dict[str, int]:
         return {}
     sizes = _PRE_SLIM_SIZES if config.era == "pre-slim" else _SLIM_SIZES
     return {shard_name(index): size for index, size in enumerate(sizes)}
+
+
+def release_name(files: Iterable[Path]) -> str | None:
+    """Which release weight files may be, by their sizes alone (`v1.1.0 or v0.1.0`), or None."""
+    sizes = {path.name: path.stat().st_size for path in files if path.exists()}
+    return " or ".join(release.name for release in releases_of_sizes(sizes)) or None
 
 
 def releases_of_sizes(sizes: Mapping[str, int]) -> list[Release]:
