@@ -232,3 +232,19 @@ def test_golden_checkpoints_load_and_give_the_recorded_ids(name, golden, tmp_pat
     model._run([sequence])
     assert [ids + sequence.generated_ids][0] == case.outputs["ids"][0][: len(ids) + len(sequence.generated_ids)]
     assert len(sequence.generated_ids) == limit or sequence.finish_reason == "stop"
+
+
+def test_model_larger_than_free_memory_is_refused_with_the_form_that_fits(monkeypatch):
+    from chatglm.engine import placement
+
+    monkeypatch.setattr(placement, "free_memory", lambda device: 120_000_000)
+    with pytest.raises(DeviceError, match=r"fp32 needs 0\.2 GB, 0\.1 GB are free on cpu\n  cure: load with dtype=\"int8\""):
+        load(dtype="fp32", device="cpu", threads=2)
+    monkeypatch.setattr(placement, "free_memory", lambda device: 1_000)
+    with pytest.raises(DeviceError, match="no form of this model fits here"):
+        load(dtype="fp32", device="cpu", threads=2)
+
+
+def test_more_devices_than_there_are_is_one_clear_error():
+    with pytest.raises(DeviceError, match="99 devices asked, [0-9]+ found"):
+        load(devices=99, threads=2)

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from .checkpoint import hub
+from .checkpoint import check, hub, open_checkpoint
 from .config import ModelConfig
 from .engine.beam import beam_search
-from .engine.kv_cache import KVCache
+from .engine.distributed import LeadingRunner, Team, cache_of, gather_team
 from .engine.loading import LoadedModel, Progress, load_model
-from .engine.placement import free_memory, physical_cores
+from .engine.placement import check_devices, choose_device, free_memory, physical_cores
 from .engine.runner import Runner
 from .engine.sampler import Sampler
 from .engine.sampling import SamplingParams
 from .engine.scheduler import Engine
 from .engine.sequence import FinishReason, Sequence
 from .errors import RequestError
+from .parallel import check_divisible
 from .tokenizer import Tokenizer, template
 from .tokenizer.answer_text import AnswerText
 
@@ -78,6 +79,7 @@ def load(
     *,
     revision: str | None = None,
     threads: int | None = None,
+    devices: int = 1,
     max_cached_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> ChatModel:
@@ -87,6 +89,7 @@ def load(
     device             auto, cpu, cuda, cuda:N or mps
     revision           of a hub name: branch, tag or commit
     threads            CPU threads; all physical cores by default
+    devices            split the model over so many GPUs (with device="cpu": over so many processes)
     max_cached_tokens  size of the KV cache in tokens; by default eight full-length sequences where memory allows
     Raises a ChatGLMError that names the file, the numbers and the cure.
     """
@@ -94,24 +97,48 @@ def load(
         raise RequestError(f"threads is {threads}; it must be at least 1")
     torch.set_num_threads(threads or physical_cores())
     folder = EMBEDDED_MODEL if source is None else hub.resolve(str(source), revision=revision)
+    if devices > 1:
+        return _load_split(folder, dtype, device, devices, max_cached_tokens, progress)
     return ChatModel(load_model(folder, dtype, device, progress=progress), max_cached_tokens=max_cached_tokens)
+
+
+def _load_split(
+    folder: Path, dtype: str, device: str, devices: int, max_cached_tokens: int | None, progress: Progress | None
+) -> ChatModel:
+    """The model over several devices; checked here first, so that an error is one error and not one a process."""
+    check(folder)
+    config = open_checkpoint(folder).config
+    check_devices(device, devices)
+    check_divisible(config, devices)
+    capacity = max_cached_tokens or config.max_sequence_length + (config.pre_seq_len or 0)
+    team = gather_team(folder, dtype, choose_device(device), devices, capacity)
+    loaded = load_model(folder, dtype, str(team.device), group=team.group, progress=progress)
+    return ChatModel(loaded, max_cached_tokens=capacity, team=team)
 
 
 class ChatModel:
     """A loaded model that answers. Calls from several threads are run one after the other."""
 
-    def __init__(self, loaded: LoadedModel, *, max_cached_tokens: int | None = None) -> None:
+    def __init__(self, loaded: LoadedModel, *, max_cached_tokens: int | None = None, team: Team | None = None) -> None:
         self.loaded = loaded
         self.config: ModelConfig = loaded.config
         self.tokenizer: Tokenizer = loaded.tokenizer
         model = loaded.model
         capacity = max_cached_tokens or default_cache_tokens(loaded)
-        runner = Runner(model, KVCache(loaded.config, capacity, model.dtype, model.device))
+        cache = cache_of(loaded, capacity)
+        runner = LeadingRunner(model, cache, team.group) if team else Runner(model, cache)
+        self._team = team
         no_piece = torch.tensor(
             [self.tokenizer.has_no_piece(row) for row in range(self.config.vocab_size)], device=model.device
         )
         self.engine = Engine(runner, Sampler(no_piece if bool(no_piece.any()) else None, self.config.eos_token_id))
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """End the worker processes of a model that is split over devices; nothing to do for another."""
+        if self._team:
+            self._team.close()
+            self._team = None
 
     @property
     def device(self) -> torch.device:

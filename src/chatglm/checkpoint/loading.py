@@ -95,7 +95,7 @@ class _Loading:
                 f"{self.checkpoint.folder} lacks {_some(wrong)}",
                 cure=_prefix_cure(wrong) or "`chatglm verify` says which files are incomplete",
             )
-        if foreign := sorted(entries.keys() - made):
+        if foreign := sorted(entries.keys() - made - self.places.keys()):
             raise CheckpointError(
                 f"{self.checkpoint.folder} holds {_some(foreign)}, which the model does not have",
                 cure="config.json must describe these weights (num_layers, pre_seq_len, quantization_bit)",

@@ -8,6 +8,7 @@ construction.
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,15 +24,26 @@ BLOCK_SIZE = 16
 class KVCache:
     """Keys and values of every layer, each [num_layers, slots, heads, head_dim]."""
 
-    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        """`capacity` is the number of tokens that the pool must hold (rounded up to whole blocks)."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        num_heads: int | None = None,
+    ) -> None:
+        """`capacity` is the number of tokens that the pool must hold (rounded up to whole blocks).
+
+        num_heads  heads of this device where the model is split; all by default
+        """
         self.num_blocks = -(-capacity // BLOCK_SIZE)
-        shape = (config.num_layers, (self.num_blocks + 1) * BLOCK_SIZE, config.num_heads, config.head_dim)
+        shape = (config.num_layers, (self.num_blocks + 1) * BLOCK_SIZE, num_heads or config.num_heads, config.head_dim)
         try:
             self.keys = torch.empty(shape, dtype=dtype, device=device)
             self.values = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as error:
-            size = 2 * shape[0] * shape[1] * config.hidden_size * dtype.itemsize
+            size = 2 * math.prod(shape) * dtype.itemsize
             raise DeviceError(
                 f"no room on {device} for a KV cache of {capacity} tokens ({size / 1e9:.2f} GB)"
             ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,30 @@ def choose_device(name: str = "auto") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {name!r} was asked for; this machine has {torch.cuda.device_count()} CUDA device(s)")
     return device
+
+
+def check_devices(name: str, count: int) -> None:
+    """Raises DeviceError when `count` devices are not here. Processes on a CPU count only when the CPU is named."""
+    found = torch.cuda.device_count() if choose_device(name).type == "cuda" else 1
+    if count > found and name != "cpu":
+        raise DeviceError(f"{count} devices asked, {found} found")
+
+
+def check_room(device: torch.device, needs: Mapping[str, int], form: str) -> None:
+    """Raises DeviceError when the model does not fit into what is free.
+
+    needs  bytes by form of the weights (fp32, fp16, bf16, int8, int4), one conversation's cache included
+    form   the one that was chosen
+    """
+    free = free_memory(device)
+    if free is None or needs[form] <= free:
+        return
+    fitting = [name for name in needs if needs[name] <= free]
+    best = max(fitting, key=lambda name: needs[name], default=None)
+    raise DeviceError(
+        f"{form} needs {needs[form] / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on {device}",
+        cure=f'load with dtype="{best}" ({needs[best] / 1e9:.1f} GB)' if best else "no form of this model fits here",
+    )
 
 
 def choose_placement(device_name: str, dtype_name: str, fp32_bytes: int) -> Placement:

@@ -93,12 +93,8 @@ class Runner:
         tokens = torch.tensor([[sequence.generated_ids[-1], *draft]], device=device)
         start, new = sequence.cached, len(draft) + 1
         table = sequence.slots[: start + new]
-        view = DecodeView(
-            self.cache,
-            torch.tensor([table[start:]], device=device),
-            _read_slots([table], len(table), device),
-            start + new,
-        )
+        write = torch.tensor([table[start:]], device=device)
+        view = DecodeView(self.cache, write, _read_slots([table], start + new, device), start + new)
         blocked = torch.ones(new, start + new, dtype=torch.bool, device=device).triu(start + 1)[None, None]
         layout = self._layout([sequence], [0])
         first = torch.tensor([start - self.prefix_length], device=device)
