@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from chatglm.checkpoint.reading import read_tensor, torch_dtype
+from chatglm.checkpoint.reading import is_finite, read_tensor, torch_dtype
 from chatglm.checkpoint.tensor_file import TensorEntry, list_tensors
 from checkpoint_folders import MODELS
 
@@ -87,3 +87,18 @@ def test_listing_needs_no_torch_and_reads_no_tensor() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["40", "0"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_only_nan_and_infinity_are_not_finite(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    finite = torch.tensor(
+        [0.0, -0.0, limits.max, limits.min, limits.tiny, limits.smallest_normal / 4, -1.5], dtype=dtype
+    )
+    assert is_finite(finite) and is_finite(finite[:0])
+    for value in (float("nan"), -float("nan"), float("inf"), float("-inf")):
+        assert not is_finite(torch.cat((finite, torch.tensor([value], dtype=dtype))))
+
+
+def test_integers_are_finite() -> None:
+    assert is_finite(torch.tensor([-1, 0x7C00, 0x7FFF], dtype=torch.int16))

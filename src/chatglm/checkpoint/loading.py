@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from .folder import Checkpoint
 from .layout import PREFIX
 from .problem import FileError, Problem
-from .reading import holds_same, is_finite, read_tensor, torch_dtype
+from .reading import holds_same, read_tensor, torch_dtype
 from .tensor_file import Progress, TensorEntry, named
 
 Transform = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
@@ -129,7 +129,7 @@ class _Loading:
     def _cast(self, name: str, tensor: Tensor, entry: TensorEntry) -> Tensor:
         wanted = torch.float16 if name.endswith(SCALE) else self.dtype if tensor.is_floating_point() else tensor.dtype
         made = tensor.to(device=self.device, dtype=wanted)
-        if made.dtype == torch.float16 != tensor.dtype and not is_finite(made):
+        if made.dtype == torch.float16 != tensor.dtype and not bool(made.isfinite().all()):
             what, cure = "holds values beyond 65,504, which fp16 cannot hold", "load it as bf16 or fp32"
             raise FileError(Problem(entry.file.name, what, cure, str(entry)))
         return made
