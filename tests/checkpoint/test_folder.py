@@ -158,3 +158,14 @@ def test_half_a_projected_prefix_is_refused(tmp_path: Path) -> None:
 def test_a_folder_without_a_prefix_is_no_prefix() -> None:
     with pytest.raises(CheckpointError, match=r"holds no `transformer\.prefix_encoder\.embedding\.weight`"):
         open_checkpoint(MODELS / "base-fp16").with_prefix(MODELS / "base-fp16")
+
+
+def test_public_names_come_on_first_use_and_others_do_not_exist() -> None:
+    from chatglm import checkpoint
+
+    assert {"verify", "load_into", "hub"} <= set(dir(checkpoint))
+    assert all(getattr(checkpoint, name) is not None for name in checkpoint.__all__)
+    for _ in range(2):  # a module of the same name must not take the place of the function
+        assert callable(checkpoint.convert) and callable(checkpoint.verify)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = checkpoint.nothing

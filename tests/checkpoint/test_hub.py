@@ -168,6 +168,34 @@ def test_what_is_left_of_a_longer_file_is_not_gone_on_with(tmp_path: Path, hub: 
     assert verify(pull("owner/model", folder, endpoint=hub.url), deep=True) == []
 
 
+def test_two_processes_do_not_write_into_one_file(tmp_path: Path, hub: Hub, files: dict[str, bytes]) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    import hashlib
+
+    hub.push(files)
+    (tmp_path / "model").mkdir()
+    part = tmp_path / "model" / f".{SHARD}.{hashlib.sha256(files[SHARD]).hexdigest()[:16]}.part"
+    with part.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(DownloadError, match="is being downloaded by another process"):
+            pull("owner/model", tmp_path / "model", endpoint=hub.url)
+    assert verify(pull("owner/model", tmp_path / "model", endpoint=hub.url), deep=True) == []
+
+
+def test_a_file_that_grew_meanwhile_is_measured_again(
+    tmp_path: Path, hub: Hub, files: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.push(files)
+    claimed: list[int] = []
+
+    def grow(file: Any, remote: transfer.RemoteFile) -> None:
+        if remote.name == SHARD and not claimed:
+            claimed.append(file.write(files[SHARD][:1_000]))
+
+    monkeypatch.setattr(transfer, "_claim", grow)
+    assert verify(pull("owner/model", tmp_path / "model", endpoint=hub.url), deep=True) == [] and claimed
+
+
 def test_a_download_that_was_complete_is_only_checked(tmp_path: Path, hub: Hub, files: dict[str, bytes]) -> None:
     import hashlib
 

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from chatglm.checkpoint.reading import is_finite, read_tensor, torch_dtype
+from chatglm.checkpoint.reading import holds_same, is_finite, read_tensor, torch_dtype
 from chatglm.checkpoint.tensor_file import TensorEntry, list_tensors
+from chatglm.errors import CheckpointError
 from checkpoint_folders import MODELS
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8, torch.int16]
@@ -102,3 +103,25 @@ def test_only_nan_and_infinity_are_not_finite(dtype: torch.dtype) -> None:
 
 def test_integers_are_finite() -> None:
     assert is_finite(torch.tensor([-1, 0x7C00, 0x7FFF], dtype=torch.int16))
+
+
+def test_stored_tensors_are_compared_by_value_whatever_their_form(tmp_path: Path) -> None:
+    plain = torch.arange(30.0).reshape(5, 6)
+    torch.save({"a": plain, "b": plain.T.contiguous().T, "c": plain.half(), "d": plain + 1}, tmp_path / "file.bin")
+    listed = list_tensors(tmp_path / "file.bin")
+    assert listed["b"].strides is not None
+    assert holds_same(listed["a"], listed["b"]) and holds_same(listed["b"], listed["c"])
+    assert not holds_same(listed["a"], listed["d"]) and not holds_same(listed["b"], listed["d"])
+    assert not holds_same(listed["a"], listed["a"].from_row(1))
+
+
+def test_a_checkpoint_link_that_leads_nowhere_is_a_missing_file(tmp_path: Path) -> None:
+    (tmp_path / "file.bin").symlink_to(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match=r"file\.bin is missing"):
+        list_tensors(tmp_path / "file.bin")
+
+
+def test_a_pointer_without_a_size_is_still_a_pointer(tmp_path: Path) -> None:
+    (tmp_path / "file.bin").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(CheckpointError, match="is a Git-LFS pointer"):
+        list_tensors(tmp_path / "file.bin")

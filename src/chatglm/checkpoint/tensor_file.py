@@ -99,14 +99,9 @@ def list_tensors(path: Path, expected_bytes: int | None = None) -> dict[str, Ten
         raise broken(path, f"is empty (0{of_bytes(expected_bytes)} bytes)")
     pointer = lfs_pointer(head) if size < LONGEST_POINTER else None
     if pointer is not None:
-        folder = path.parent
-        raise FileError(
-            Problem(
-                path.name,
-                f"is a Git-LFS pointer ({size} bytes), not weights ({pointer:,} bytes)",
-                f"run `git lfs pull` in {folder}, or {PULL}",
-            )
-        )
+        stands_for = f" ({pointer:,} bytes)" if pointer else ""
+        what = f"is a Git-LFS pointer ({size} bytes), not weights{stands_for}"
+        raise FileError(Problem(path.name, what, f"run `git lfs pull` in {path.parent}, or {PULL}"))
     if head.lstrip()[:1] == b"<":
         raise broken(path, f"is a web page ({size:,} bytes), not weights: the download was answered by a site")
     if path.suffix == ".safetensors":

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import DownloadError
 
@@ -90,7 +91,10 @@ def _continue(remote: RemoteFile, part: Path, have: int, token: str | None, coun
         request.add_header("Range", f"bytes={have}-")
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer, part.open("ab") as file:
+    with part.open("ab") as file, urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        _claim(file, remote)
+        if file.tell() != have:
+            raise ConnectionError("the file changed meanwhile")
         if have and answer.status != 206:  # the server knows no ranges and sends the whole file
             file.truncate(0)
             count(-have)
@@ -104,6 +108,20 @@ def _continue(remote: RemoteFile, part: Path, have: int, token: str | None, coun
     if have != remote.size:
         raise ConnectionError(f"the answer had {have:,} bytes")
     return have
+
+
+def _claim(file: BinaryIO, remote: RemoteFile) -> None:
+    """Let no second process append to the same file; the system lets go of it when this one ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DownloadError(
+            f"{remote.name} is being downloaded by another process", cure="wait for it, then run the same command again"
+        ) from error
 
 
 def _refused(remote: RemoteFile, error: urllib.error.HTTPError) -> DownloadError:
