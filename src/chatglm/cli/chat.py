@@ -68,6 +68,8 @@ def chat(
             raise
         sys.stderr.write("\n")  # at a terminal a Ctrl-C that no answer needs means goodbye
         failures = 0
+    finally:
+        waiting.close()
     if not waiting.is_done:
         leave_now(0)
     if failures and not terminal.reads_keys:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,7 +57,7 @@ def generate(
             terminal.note(f"resumed: {answers.num_done} of {plural(len(questions), 'prompt')} are answered")
         if answers.num_done < len(questions):
             model = load(source, placement, terminal)
-            with ProgressBar(terminal, unit="prompts") as progress:
+            with closing(model), ProgressBar(terminal, unit="prompts") as progress:
                 while answers.num_done < len(questions):
                     batch = questions[answers.num_done : answers.num_done + batch_size]
                     for record in answer_batch(model, batch, sampling.system, settings):

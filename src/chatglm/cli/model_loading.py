@@ -31,6 +31,7 @@ def load(source: str | None, placement: PlacementOptions, terminal: Terminal) ->
             placement.dtype,
             placement.device,
             threads=placement.threads,
+            devices=placement.devices,
             progress=progress,
         )
 
@@ -63,6 +64,11 @@ class BackgroundLoad:
     @property
     def is_done(self) -> bool:
         return self._is_done.is_set()
+
+    def close(self) -> None:
+        """Let go of a model that was loaded."""
+        if self._model is not None:
+            self._model.close()
 
     def result(self) -> ChatModel:
         """The model, or the error that loading ended with. Ctrl-C interrupts the wait."""

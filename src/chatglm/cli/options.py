@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..engine.sampling import SamplingParams
-from ..errors import DeviceError, RequestError
+from ..errors import RequestError
 from .streams import Terminal
 
 _DEFAULT = SamplingParams()
@@ -56,7 +56,9 @@ class PlacementOptions:
     device: Annotated[
         str, _option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:N, mps [auto]", panel="Model")
     ] = "auto"
-    devices: Annotated[int, _option("--devices", metavar="N", help="Number of devices [1]", panel="Model", min=1)] = 1
+    devices: Annotated[
+        int, _option("--devices", metavar="N", help="Split the model over N devices [1]", panel="Model", min=1)
+    ] = 1
     threads: Annotated[
         int | None, _option("--threads", metavar="N", help="CPU threads [all physical cores]", panel="Model", min=1)
     ] = None
@@ -64,14 +66,10 @@ class PlacementOptions:
 
     def check_devices(self) -> None:
         """Raises DeviceError when more devices are asked for than there are."""
-        if self.devices == 1:
-            return
-        import torch
+        if self.devices > 1:
+            from ..engine.placement import check_devices
 
-        found = max(1, torch.cuda.device_count())
-        if self.devices > found:
-            raise DeviceError(f"{self.devices} devices asked, {found} found")
-        raise DeviceError("one model on several devices is not possible yet", cure="leave --devices out")
+            check_devices(self.device, self.devices)
 
 
 @dataclass(frozen=True)
