@@ -166,21 +166,17 @@ def test_a_value_out_of_its_range_is_refused_by_name(name: str, value: float, mi
         model.chat(tokenizer, "你好", **{name: value})
 
 
-def test_the_oldest_rounds_give_way_and_that_is_said(mini: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_the_oldest_rounds_give_way_and_that_is_told(mini: tuple[Any, Any]) -> None:
     tokenizer, model = mini
     history = [(f"第{number}个问题：" + "天气" * 60, "好的。" * 20) for number in range(8)]
     ids, limit = model._context_ids(tokenizer, "你好", history, 2048, {})
     context = model.config.max_sequence_length
     assert limit == context and ids.shape[1] <= context - context // 4
-    import transformers
-
-    transformers.utils.logging.enable_propagation()
-    try:
-        _, new = model.chat(tokenizer, "你好", history=history, max_new_tokens=4, do_sample=False)
-    finally:
-        transformers.utils.logging.disable_propagation()
-    assert "did not fit and were left out" in caplog.text
-    assert new[:-1] == history
+    assert 0 < model.dropped_rounds < 8
+    _, new = model.chat(tokenizer, "你好", history=history[:2], max_new_tokens=4, do_sample=False)
+    assert model.dropped_rounds == 0
+    _, new = model.chat(tokenizer, "你好", history=history, max_new_tokens=4, do_sample=False)
+    assert model.dropped_rounds > 0 and new[:-1] == history
 
 
 def test_a_question_that_alone_does_not_fit_is_refused_with_the_numbers(mini: tuple[Any, Any]) -> None:

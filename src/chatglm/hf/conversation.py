@@ -42,8 +42,12 @@ class OnlyPieces(LogitsProcessor):  # type: ignore[misc]
 
 
 class Conversation:
-    """Mixed into the language model, which has `generate`, `stream_generate`, `device` and `transformer.description`."""
+    """Mixed into the language model, which has `generate`, `stream_generate`, `device` and `transformer.description`.
 
+    dropped_rounds   rounds of the history that the last `chat` or `stream_chat` left out because they did not fit
+    """
+
+    dropped_rounds: int = 0
     transformer: Any
     device: torch.device
     generate: Any
@@ -151,8 +155,9 @@ class Conversation:
             is_whole_window = limit == config.max_sequence_length
             room = template.default_max_new_tokens(limit) if is_whole_window else 1
         fitted = template.fit(native, query, _rounds(history), limit=limit, max_new_tokens=room)
+        self.dropped_rounds = fitted.dropped_rounds
         if fitted.dropped_rounds:
-            logger.warning(f"the oldest {fitted.dropped_rounds} rounds of the history did not fit and were left out")
+            logger.info(f"the oldest {fitted.dropped_rounds} rounds of the history did not fit and were left out")
         ids = torch.tensor([fitted.ids], dtype=torch.int64, device=self.device)
         return ids, limit if new_tokens is None else None
 

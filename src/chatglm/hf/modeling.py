@@ -93,6 +93,13 @@ class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         report_new_prefix(model)
         return result
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the embedding, and so of hidden states on an accelerator."""
+        table = self.get_input_embeddings()
+        dtype: torch.dtype = table.dtype_like.dtype if isinstance(table, RowQuantizedEmbedding) else table.weight.dtype
+        return dtype
+
     def _init_weights(self, module: nn.Module) -> None:
         """For what no checkpoint filled. A prefix keeps torch's defaults, as in the original."""
         # `nn.init` functions, because transformers 5 makes those leave loaded weights alone.
