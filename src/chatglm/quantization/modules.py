@@ -133,6 +133,11 @@ class QuantizedLinear(Quantized):
         self._tied_to = (embedding,)
         self._share()
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether codes and scales are an embedding's."""
+        return bool(self._tied_to)
+
     def _share(self) -> None:
         for source in self._tied_to:
             self.weight, self.weight_scale = source.weight, source.weight_scale

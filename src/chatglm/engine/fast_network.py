@@ -1,0 +1,324 @@
+"""FastNetwork: the network of a GLM as a list of kernel launches over buffers that never move.
+
+A decode step can so be captured in a CUDA graph. Between two linears stands one kernel; what a linear leaves are the
+shares of its sum, and the reader adds them, the bias and the residual. Activations are stored in the model's dtype,
+sums and residual sums are fp32. The same steps run with `kernels.gpu.plain`: slow, on any device.
+
+Source: spec of the network in model/block.py, of each step in kernels/gpu/plain.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..kernels.gpu import PackedWeight, to_streams
+from ..model import GLM
+from ..model.block import Block
+from ..model.rotary import rotary_frequencies, rotary_table
+from .kv_cache import KVCache
+from .step_buffers import StepBuffers
+
+
+@dataclass(frozen=True)
+class FastLinear:
+    """A weight as the kernels read it, and its bias."""
+
+    weight: PackedWeight
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class FastLayer:
+    """One block: its norms and its four linears."""
+
+    input_norm: nn.LayerNorm
+    qkv: FastLinear
+    dense: FastLinear
+    post_norm: nn.LayerNorm
+    up: FastLinear
+    down: FastLinear
+
+
+@dataclass(frozen=True)
+class Rest:
+    """What a linear left for the next norm: shares of its output, its bias, and the residual beside it."""
+
+    parts: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    residual_streams: int = 1
+
+
+class Unsupported(Exception):
+    """The kernels have no form for this model; the message says why."""
+
+
+class FastNetwork:
+    """Weights of a GLM by name, and the operations that run them. Raises Unsupported."""
+
+    def __init__(self, model: GLM, operations: ModuleType) -> None:
+        config = model.config
+        if config.position_encoding == "learned_2d":
+            raise Unsupported("learned positions have no kernels")
+        if config.mlp != "gelu_tanh":
+            raise Unsupported(f"the feed-forward {config.mlp} has no kernels")
+        self.operations: Any = operations
+        self.config: ModelConfig = config
+        self.dtype, self.device = model.dtype, model.device
+        self.is_normalised = config.norm_order == "post_scaled"
+        self.residual_scale = config.residual_scale if self.is_normalised else 1.0
+        self.rotary_streams = 2 if config.position_encoding == "rotary_2d" else 1
+        self.per_head = config.qkv_layout == "per_head"
+        self.frequencies = rotary_frequencies(config.head_dim // self.rotary_streams, config.rotary_base, model.device)
+        self.table = _linear("word_embeddings", model.transformer.word_embeddings).weight
+        self.head = _linear("lm_head", model.lm_head)
+        self.final_norm = model.transformer.final_layernorm
+        self.layers = [_layer(number, block) for number, block in enumerate(model.transformer.layers)]
+        self.embedding = model.transformer.word_embeddings
+        self._expanded: Tensor | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of weights, scales, biases and norms that one decode step reads."""
+        linears = [part for layer in self.layers for part in (layer.qkv, layer.dense, layer.up, layer.down)]
+        total = sum(linear.weight.num_bytes for linear in [*linears, self.head])
+        total += sum(linear.bias.numel() * linear.bias.itemsize for linear in linears if linear.bias is not None)
+        norms = [norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm)] + [self.final_norm]
+        return total + sum(2 * norm.weight.numel() * norm.weight.itemsize for norm in norms)
+
+    # Decode
+
+    def decode(self, step: StepBuffers, cache: KVCache, batch: int, *, overlap: bool = False) -> None:
+        """One new token for the first `batch` rows of `step`; fp32 logits and the best tokens are left there."""
+        operations = self.operations
+        operations.embed(
+            step.ids[:batch],
+            self.table,
+            step.lengths[:batch],
+            step.position_base[:, :batch],
+            step.position_step[:, :batch],
+            self.frequencies,
+            self.config.pre_seq_len or 0,
+            step.embedded[:batch],
+            step.cosines[:batch],
+            step.sines[:batch],
+            overlap=overlap,
+        )
+        rest = Rest(step.embedded[None, :batch])
+        for number, layer in enumerate(self.layers):
+            rest = self._decode_layer(number, layer, rest, step, cache, batch, overlap)
+        head_input = step.normalised[0][:batch]
+        self._norm(self.final_norm, rest, head_input, None, self.head.weight.streams, overlap)
+        operations.linear(head_input, self.head.weight, step.logits[None, :batch], overlap=overlap)
+        operations.best_tokens(
+            step.logits[:batch],
+            step.no_piece,
+            tuple(buffer[:batch] for buffer in step.chunks),
+            step.ids[:batch],
+            step.lengths[:batch],
+            step.chosen_of(batch),
+            overlap=overlap,
+        )
+
+    def _decode_layer(
+        self, number: int, layer: FastLayer, rest: Rest, step: StepBuffers, cache: KVCache, batch: int, overlap: bool
+    ) -> Rest:
+        operations, streams = self.operations, layer.qkv.weight.streams
+        first, second = (buffer[:batch] for buffer in step.normalised)
+        first_kept, second_kept = (None if self.is_normalised else buffer[:batch] for buffer in step.kept)
+        self._norm(layer.input_norm, rest, first, first_kept, streams, overlap)
+        qkv = self._parts(step.wide, layer.qkv, batch)
+        operations.linear(first, layer.qkv.weight, qkv, overlap=overlap)
+        pieces = operations.pieces_of(self.config.num_heads, batch)
+        operations.decode_attention(
+            qkv,
+            layer.qkv.bias,
+            step.cosines[:batch],
+            step.sines[:batch],
+            cache.keys[number],
+            cache.values[number],
+            step.tables[:batch],
+            step.lengths[:batch],
+            (step.partial, step.tickets),
+            step.mixed[:batch],
+            rotary_streams=self.rotary_streams,
+            per_head=self.per_head,
+            pieces=pieces,
+            streams=layer.dense.weight.streams,
+            overlap=overlap,
+        )
+        dense = self._parts(step.narrow, layer.dense, batch)
+        operations.linear(step.mixed[:batch], layer.dense.weight, dense, overlap=overlap)
+        rest = self._rest(dense, layer.dense, first, streams, first_kept)
+        self._norm(layer.post_norm, rest, second, second_kept, layer.up.weight.streams, overlap)
+        inner = step.inner[:batch]
+        operations.linear(
+            second,
+            layer.up.weight,
+            inner[None],
+            bias=layer.up.bias,
+            use_gelu=True,
+            out_streams=layer.down.weight.streams,
+            overlap=overlap,
+        )
+        down = self._parts(step.narrow, layer.down, batch)
+        operations.linear(inner, layer.down.weight, down, overlap=overlap)
+        return self._rest(down, layer.down, second, layer.up.weight.streams, second_kept)
+
+    def _norm(
+        self, norm: nn.LayerNorm, rest: Rest, out: Tensor, kept: Tensor | None, streams: int, overlap: bool
+    ) -> None:
+        self.operations.norm(
+            rest.parts,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            out,
+            bias=rest.bias,
+            residual=rest.residual,
+            residual_streams=rest.residual_streams,
+            residual_scale=self.residual_scale,
+            kept=kept,
+            streams=streams,
+            overlap=overlap,
+        )
+
+    def _rest(self, parts: Tensor, linear: FastLinear, normalised: Tensor, streams: int, kept: Tensor | None) -> Rest:
+        """The residual is the normalised input (post_scaled) or the sum before the norm (pre)."""
+        if kept is None:
+            return Rest(parts, linear.bias, normalised, streams)
+        return Rest(parts, linear.bias, kept)
+
+    def _parts(self, buffer: Tensor, linear: FastLinear, batch: int) -> Tensor:
+        """[splits, batch, rows] for the output of a linear, at the start of a flat buffer."""
+        shape = (self.operations.splits_of(linear.weight, batch), batch, linear.weight.rows)
+        return buffer[: math.prod(shape)].view(shape)
+
+    # Prefill
+
+    def prefill(
+        self, ids: Tensor, positions: Tensor, slots: Tensor, rows: list[tuple[int, int]], cache: KVCache
+    ) -> Tensor:
+        """First pass over contexts laid one after the other, without padding; fp32 logits of each one's last token.
+
+        ids        int64 [tokens]
+        positions  int64 [1, 2, tokens], or [1, tokens] for rotary_1d
+        slots      int64 [tokens]: where keys and values go
+        rows       for each sequence its tokens in all, and those of its context, which see each other
+        returns    [sequences, vocab]
+        """
+        operations, config = self.operations, self.config
+        tokens, hidden_size = ids.shape[0], config.hidden_size
+        rotary = rotary_table(positions, config)  # [1, 1, tokens, streams, half]
+        cosines, sines = rotary.cos.reshape(tokens, -1), rotary.sin.reshape(tokens, -1)
+        rest = Rest(self.embedding(ids)[None].to(self.dtype))
+
+        def new(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        first, second, branch = new(tokens, hidden_size), new(tokens, hidden_size), new(tokens, hidden_size)
+        keeps = (None, None) if self.is_normalised else (new(tokens, hidden_size), new(tokens, hidden_size))
+        qkv, inner = new(tokens, 3 * hidden_size), new(tokens, config.inner_hidden_size)
+        heads = new(3, tokens, config.num_heads, config.head_dim)
+        for number, layer in enumerate(self.layers):
+            self._norm(layer.input_norm, rest, first, keeps[0], 1, False)
+            self._product(first, layer.qkv, qkv)
+            operations.split_heads(
+                qkv, cosines, sines, cache.keys[number], cache.values[number], slots, heads,
+                rotary_streams=self.rotary_streams, per_head=self.per_head,
+            )  # fmt: skip
+            mixed = prefix_lm_attention(heads, rows)
+            self._product(mixed, layer.dense, branch)
+            rest = self._rest(branch[None], layer.dense, first, 1, keeps[0])
+            rest = Rest(rest.parts, None, rest.residual)
+            self._norm(layer.post_norm, rest, second, keeps[1], 1, False)
+            self._product(second, layer.up, inner)
+            operations.gelu_(inner)
+            self._product(inner, layer.down, branch)
+            rest = Rest(branch[None], None, second if keeps[1] is None else keeps[1])
+        last = torch.tensor([total for total, _ in rows], device=self.device).cumsum(0) - 1
+        final = new(len(rows), hidden_size)
+        residual = None if rest.residual is None else rest.residual[last]
+        self._norm(self.final_norm, Rest(rest.parts[:, last], None, residual), final, None, 1, False)
+        return self._logits(final)
+
+    def _product(self, hidden: Tensor, linear: FastLinear, out: Tensor) -> None:
+        """Hidden · weightᵀ + bias of many tokens, by the library; quantised weights are expanded one at a time."""
+        weight = linear.weight
+        if weight.scale is None:
+            matrix = weight.data.to(hidden.dtype)
+        else:
+            if self._expanded is None:
+                largest = max(part.weight.rows * part.weight.columns for part in self._all_linears())
+                self._expanded = torch.empty(largest, dtype=self.dtype, device=self.device)
+            matrix = self._expanded[: weight.rows * weight.columns].view(weight.rows, weight.columns)
+            self.operations.dequantize(weight, matrix)
+        if linear.bias is None:
+            torch.mm(hidden, matrix.t(), out=out)
+        else:
+            torch.addmm(linear.bias.to(hidden.dtype), hidden, matrix.t(), out=out)
+
+    def _all_linears(self) -> list[FastLinear]:
+        return [part for layer in self.layers for part in (layer.qkv, layer.dense, layer.up, layer.down)]
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Scores of a few tokens in the usual order, at most 64 at a time."""
+        logits = torch.empty(hidden.shape[0], self.head.weight.rows, dtype=torch.float32, device=self.device)
+        for start in range(0, hidden.shape[0], 64):
+            part = to_streams(hidden[start : start + 64], self.head.weight.streams).contiguous()
+            self.operations.linear(part, self.head.weight, logits[None, start : start + 64])
+        return logits
+
+
+def prefix_lm_attention(heads: Tensor, rows: list[tuple[int, int]]) -> Tensor:
+    """Attention of sequences laid one after the other, each a context that sees itself and an answer that sees all
+    before it: two calls of the library's fused attention instead of a mask.
+
+    heads    [3, tokens, heads, head_dim]: turned query, turned key, value
+    rows     for each sequence its tokens and those of its context
+    returns  [tokens, heads * head_dim]
+    """
+    mixed = torch.empty_like(heads[0])
+    start = 0
+    for total, context in rows:
+        query, key, value = (part[start : start + total].transpose(0, 1)[None] for part in heads)
+        result = mixed[start : start + total].transpose(0, 1)[None]  # [1, heads, tokens, head_dim]
+        attend = nn.functional.scaled_dot_product_attention
+        if context:
+            result[:, :, :context] = attend(query[:, :, :context], key[:, :, :context], value[:, :, :context])
+        if total - context == 1:
+            result[:, :, context:] = attend(query[:, :, context:], key, value)
+        elif total > context:
+            place = torch.arange(total, device=heads.device)
+            allowed = place <= place[context:, None]
+            result[:, :, context:] = attend(query[:, :, context:], key, value, attn_mask=allowed)
+        start += total
+    return mixed.flatten(1)
+
+
+def _linear(name: str, module: nn.Module) -> FastLinear:
+    weight = PackedWeight.of(module)
+    if weight is None:
+        raise Unsupported(f"the weight of {name} has a shape or group size without kernels")
+    bias = getattr(module, "bias", None)
+    return FastLinear(weight, None if bias is None else bias.detach())
+
+
+def _layer(number: int, block: nn.Module) -> FastLayer:
+    assert isinstance(block, Block)
+    where = f"layer {number}"
+    return FastLayer(
+        block.input_layernorm,
+        _linear(where, block.attention.query_key_value),
+        _linear(where, block.attention.dense),
+        block.post_attention_layernorm,
+        _linear(where, block.mlp.dense_h_to_4h),
+        _linear(where, block.mlp.dense_4h_to_h),
+    )

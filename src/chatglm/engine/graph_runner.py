@@ -1,0 +1,205 @@
+"""GraphRunner: the Runner's contract over kernels, a decode step as one captured CUDA graph for each batch bucket.
+
+Inputs lie in static buffers; what a step needs from the host goes over in one small copy, and slot tables only when
+the batch changes. All graphs share one memory pool. Where a graph cannot be captured the same launches run one by
+one, and where the kernels have no form for a model, its plain Runner runs; each says so in one log line.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.gpu import operations
+from ..kernels.probe import can_overlap, choose_kernels
+from ..model import GLM, Attend, sdpa_attention
+from ..model.positions import generation_positions
+from .fast_network import FastNetwork, Unsupported
+from .kv_cache import KVCache
+from .runner import Runner
+from .sequence import Sequence
+from .step_buffers import StepBuffers
+
+logger = logging.getLogger(__name__)
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+"""Batch sizes with a graph of their own; a batch runs in the next larger one, a larger batch in parts of 64."""
+
+
+SCRATCH = (-1, -1)
+"""In place of a sequence: a row of the bucket without one. It writes to and reads from slot 0."""
+
+
+def make_runner(
+    model: GLM,
+    cache: KVCache,
+    *,
+    kernels: str | None = None,
+    no_piece: Tensor | None = None,
+    attend: Attend = sdpa_attention,
+) -> Runner:
+    """The fastest runner that this device and model have: a GraphRunner over Triton kernels, or the plain one.
+
+    kernels   auto, triton or torch; None asks the environment (kernels.probe)
+    no_piece  bool [vocab]: rows that are never chosen
+    """
+    if choose_kernels(kernels, model.device) == "torch":
+        return Runner(model, cache, attend)
+    try:
+        return GraphRunner(model, cache, "triton", no_piece=no_piece, attend=attend)
+    except Unsupported as error:
+        logger.info("kernels: %s; plain PyTorch runs instead", error)
+        return Runner(model, cache, attend)
+
+
+class GraphRunner(Runner):
+    """Runs `model` through FastNetwork. Logits and `greedy` live in static buffers: valid until the next step."""
+
+    def __init__(
+        self,
+        model: GLM,
+        cache: KVCache,
+        kind: str,
+        *,
+        no_piece: Tensor | None = None,
+        attend: Attend = sdpa_attention,
+        use_graphs: bool = True,
+    ) -> None:
+        super().__init__(model, cache, attend)
+        device = model.device
+        self.network = FastNetwork(model, operations(kind))
+        self.use_graphs = use_graphs and device.type == "cuda"
+        self.overlap = kind == "triton" and can_overlap(device)
+        room = min(cache.capacity, model.config.max_sequence_length + self.prefix_length)
+        self.buffers = StepBuffers(self.network, BUCKETS[-1], -(-room // 16) * 16, no_piece)
+        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
+        self._staged = torch.zeros(6, BUCKETS[-1], dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._held: list[tuple[int, int] | None] = [None] * BUCKETS[-1]  # whose table lies in which row
+        self._greedy = self.buffers.chosen
+
+    @torch.inference_mode()
+    def prefill(self, sequences: list[Sequence]) -> Tensor:
+        """First pass over contexts, laid one after the other without padding."""
+        if self.prefix_length:
+            return super().prefill(sequences)
+        device = self.model.device
+        contents = [[*s.context_ids, s.start_id, *s.generated_ids] for s in sequences]
+        ids = torch.tensor([token for row in contents for token in row], device=device)
+        slots = torch.tensor(
+            [slot for s, row in zip(sequences, contents, strict=True) for slot in s.slots[: len(row)]], device=device
+        )
+        layout = self._layout(sequences, [0] * len(sequences))
+        longest = max(map(len, contents))
+        padded = generation_positions(layout, longest, self.model.config)  # [sequences, (2,) longest]
+        positions = torch.cat([padded[i, ..., : len(row)] for i, row in enumerate(contents)], dim=-1)[None]
+        rows = [(len(row), len(s.context_ids)) for s, row in zip(sequences, contents, strict=True)]
+        logits = self.network.prefill(ids, positions, slots, rows, self.cache)
+        for sequence, row in zip(sequences, contents, strict=True):
+            sequence.cached = len(row)
+        return logits
+
+    @torch.inference_mode()
+    def decode(self, sequences: list[Sequence]) -> Tensor:
+        """One step: feed each sequence's newest token."""
+        if any(s.cached + 1 > self.buffers.room for s in sequences):
+            return super().decode(sequences)
+        parts = [sequences[start : start + BUCKETS[-1]] for start in range(0, len(sequences), BUCKETS[-1])]
+        if len(parts) > 1:
+            return torch.cat([self.decode(part).clone() for part in parts])
+        keys = [(s.number, id(s.slots)) for s in sequences]
+        self._set_tables([s.slots for s in sequences], keys)
+        for sequence in sequences:
+            sequence.cached += 1
+        self._stage([s.generated_ids[-1] for s in sequences], [s.cached for s in sequences], sequences)
+        return self._run(len(sequences))
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, tables: list[list[int]], owners: list[Sequence]) -> Tensor:
+        """The network over one new token a row; see Runner.step."""
+        if len(tables) > BUCKETS[-1] or max(map(len, tables)) > self.buffers.room:
+            return super().step(tokens, tables, owners)
+        self._set_tables(tables, None)
+        self._stage(tokens.tolist(), [len(table) for table in tables], owners)
+        return self._run(len(tables)).clone()
+
+    @property
+    def greedy(self) -> Tensor:
+        """Of the last decode: best tokens and whether all scores were finite, int32 [2, bucket]."""
+        return self._greedy
+
+    def _set_tables(self, tables: list[list[int]], keys: list[tuple[int, int]] | None) -> None:
+        """Slot tables into their rows; a row that holds the right one already is left alone."""
+        for row, table in enumerate(tables):
+            key = None if keys is None else keys[row]
+            if key is None or self._held[row] != key:
+                room = min(len(table), self.buffers.room)
+                self.buffers.tables[row, :room] = torch.tensor(table[:room], dtype=torch.int32)
+                self._held[row] = key
+        for row in range(len(tables), self._bucket(len(tables))):
+            if self._held[row] != SCRATCH:
+                self.buffers.tables[row, 0] = 0
+                self._held[row] = SCRATCH
+
+    def _stage(self, tokens: list[int], lengths: list[int], owners: list[Sequence]) -> None:
+        """Tokens, lengths and positions in one copy. Rows beyond the batch write to and read from the scratch slot."""
+        count, bucket = len(tokens), self._bucket(len(tokens))
+        rows = [tokens, lengths, *zip(*(self._position_rule(owner) for owner in owners), strict=True)]
+        self._staged[:, :bucket] = torch.tensor([[*row, *[0] * (bucket - count)] for row in rows], dtype=torch.int32)
+        self._staged[1, count:bucket] = 1
+        self.buffers.staged[:, :bucket].copy_(self._staged[:, :bucket], non_blocking=True)
+
+    def _position_rule(self, sequence: Sequence) -> tuple[int, int, int, int]:
+        """(base, base, step, step) of both position streams: position = base + step · place of the token."""
+        config, context = self.model.config, len(sequence.context_ids)
+        if config.position_encoding == "rotary_2d":
+            return sequence.mask_place, 1 - context, 0, 1
+        if config.answer_positions == "running" and sequence.is_gmask:
+            return 0, 0, 1, 0
+        return sequence.mask_place, 0, 0, 0
+
+    def _bucket(self, count: int) -> int:
+        return next(bucket for bucket in BUCKETS if bucket >= count)
+
+    def _run(self, count: int) -> Tensor:
+        """One decode step over the staged rows."""
+        bucket = self._bucket(count)
+        graph = self._graph(bucket) if self.use_graphs else None
+        if graph is None:
+            self.network.decode(self.buffers, self.cache, bucket, overlap=self.overlap)
+        else:
+            graph.replay()
+        self._greedy = self.buffers.chosen_of(bucket)
+        return self.buffers.logits[:count]
+
+    def _graph(self, bucket: int) -> torch.cuda.CUDAGraph | None:
+        """The graph of a bucket, captured on first use; None where that failed."""
+        if bucket not in self._graphs:
+            self._graphs[bucket] = self._capture(bucket)
+        return self._graphs[bucket]
+
+    def _capture(self, bucket: int) -> torch.cuda.CUDAGraph | None:
+        buffers = self.buffers
+        inputs = [buffer.clone() for buffer in (buffers.staged, buffers.tables)]
+        try:
+            stream = torch.cuda.Stream(self.model.device)
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles the kernels, which a capture cannot do
+                buffers.tables[:bucket, 0] = 0
+                buffers.lengths.fill_(1)
+                self.network.decode(buffers, self.cache, bucket, overlap=self.overlap)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self.network.decode(buffers, self.cache, bucket, overlap=self.overlap)
+            self._pool = graph.pool()
+        except RuntimeError as error:
+            logger.warning("no CUDA graph for batches of %d (%s); kernels are launched one by one", bucket, error)
+            return None
+        finally:
+            buffers.staged.copy_(inputs[0])
+            buffers.tables.copy_(inputs[1])
+        return graph

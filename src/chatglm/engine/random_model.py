@@ -1,0 +1,78 @@
+"""Models with random weights, made directly in the form that they run in: for benchmarks and memory tests.
+
+Nothing is read or expanded: quantised weights are random codes from the start, so building ChatGLM-6B in INT4 needs
+the memory of the INT4 model and no more. Weights spread as a trained model's do, so activations stay finite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..config import ModelConfig
+from ..model import GLM
+from ..quantization import QuantizedEmbedding, QuantizedLinear, swap_linears
+
+WEIGHT_STD = 0.02
+
+CODE_STD = {4: 4.61, 8: 73.9}
+"""Standard deviation of codes that are spread evenly."""
+
+BOUNDS = {torch.int32: (-(2**31), 2**31 - 1), torch.int8: (-128, 128), torch.uint8: (0, 256)}
+
+CHUNK_ELEMENTS = 1 << 26
+"""Numbers drawn at once on a CPU, to bound what the generator needs beside the result."""
+
+
+def random_model(
+    config: ModelConfig,
+    *,
+    bits: int = 0,
+    group_size: int = 0,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> GLM:
+    """A GLM of this shape. bits: 0 for weights in `dtype`, else 8 or 4 with embedding and head quantised too.
+
+    group_size  columns that share a scale; 0 is the original's row-wise format
+    """
+    device = torch.device(device)
+    with torch.device("meta"):
+        model = GLM(config)
+    swap_linears(model, bits, embeddings=bits > 0, group_size=group_size)
+    model.to(dtype)
+    model.to_empty(device=device)
+    model.tie_head()
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            _fill(module, generator)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _fill(module: nn.Module, generator: torch.Generator) -> None:
+    if isinstance(module, nn.LayerNorm):
+        module.weight.fill_(1)
+        module.bias.zero_()
+        return
+    if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        if isinstance(module, QuantizedLinear) and module.is_tied:
+            return
+        words = module.weight.view(torch.int32) if module.weight.shape[1] % 4 == 0 else module.weight
+        _draw(words, lambda part: part.random_(*BOUNDS[part.dtype], generator=generator))
+        module.weight_scale.fill_(WEIGHT_STD / CODE_STD[module.bits])
+    elif isinstance(module, nn.Linear | nn.Embedding):
+        _draw(module.weight, lambda part: part.normal_(0, WEIGHT_STD, generator=generator))
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor):
+        bias.normal_(0, WEIGHT_STD, generator=generator)
+
+
+def _draw(tensor: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
+    flat = tensor.view(-1)
+    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
+        draw(flat[start : start + CHUNK_ELEMENTS])

@@ -1,0 +1,267 @@
+"""Starting the Triton kernels: the signatures of `plain`, tile sizes by shape.
+
+Import only behind `probe.choose_kernels`. Tile sizes were measured on Hopper (benchmarks/gpu_kernels.py); what they
+change is speed alone.
+"""
+
+# mypy: disable-error-code="no-untyped-call, import-not-found"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import decode_attention as attention_kernels
+from . import gemv, prefill_parts, small_matmul, step_ends
+from . import norm as norm_kernels
+from .packed import PackedWeight
+
+KINDS = "triton"
+
+ONE = 0x3F800000
+"""The bits of 1.0 in fp32."""
+
+
+def _options(overlap: bool, warps: int, stages: int = 3) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+    if overlap:
+        options["launch_pdl"] = True
+    return options
+
+
+def gemv_tile(weight: PackedWeight) -> tuple[int, int, int]:
+    """(rows, words, warps) of a program for one token."""
+    words = triton.next_power_of_2(weight.columns // weight.streams)
+    group_words = 1 if weight.group == weight.columns else weight.group // weight.streams
+    if weight.bits == 16:
+        return 1, min(words, 4096), 8
+    if weight.bits == 8:
+        return 4, max(min(words, 1024), group_words), 8
+    rows = 8 if words <= 512 else 4
+    return rows, max(min(words, 512), group_words), 4
+
+
+def matmul_tile(weight: PackedWeight, tokens: int) -> tuple[int, int, int, int]:
+    """(rows, words, warps, stages) of a program for a few tokens."""
+    words = triton.next_power_of_2(weight.columns // weight.streams)
+    if weight.bits == 16:
+        return 64, max(16, min(words, 64)), 4, 4
+    group_words = weight.group // weight.streams
+    if weight.group == weight.columns or group_words >= 16:
+        return 128, max(16, min(words, 16 if weight.bits == 4 else 32)), 4, 4
+    return 128, max(16, min(words, 32)), 4, 3
+
+
+def splits_of(weight: PackedWeight, tokens: int) -> int:
+    """How many shares of the columns a few tokens are computed in, so that all multiprocessors have work."""
+    if tokens == 1:
+        return 1
+    rows, words, _, _ = matmul_tile(weight, tokens)
+    programs = triton.cdiv(weight.rows, rows)
+    steps = triton.cdiv(weight.columns // weight.streams, words)
+    splits = 1
+    while programs * splits < 256 and splits < 8 and steps >= 8 * splits:
+        splits *= 2
+    return splits
+
+
+def pieces_of(num_heads: int, batch: int) -> int:
+    """In how many pieces decode_attention takes a context, so that there are programs enough."""
+    return int(min(16, triton.next_power_of_2(max(1, 2048 // (num_heads * batch)))))
+
+
+def linear(
+    hidden: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    use_gelu: bool = False,
+    out_streams: int = 1,
+    overlap: bool = False,
+    tile: tuple[int, ...] | None = None,
+) -> None:
+    """See plain.linear. At most 64 tokens; `tile` replaces gemv_tile or matmul_tile."""
+    tokens = hidden.shape[0]
+    shared = {
+        "ROWS": weight.rows,
+        "COLUMNS": weight.columns,
+        "BITS": weight.bits,
+        "GROUP": weight.group,
+        "ORIGINAL": weight.is_original,
+        "HAS_BIAS": bias is not None,
+        "GELU": use_gelu,
+        "OUT_STREAMS": out_streams,
+        "OVERLAP": overlap,
+    }
+    scale = weight.data if weight.scale is None else weight.scale
+    added = weight.data if bias is None else bias
+    if tokens == 1:
+        rows, words, warps = tile or gemv_tile(weight)
+        gemv.gemv_kernel[(triton.cdiv(weight.rows, rows),)](
+            hidden, weight.data, scale, added, out, ONE,
+            TILE_ROWS=rows, TILE_WORDS=words, **shared, **_options(overlap, warps),
+        )  # fmt: skip
+        return
+    rows, words, warps, stages = tile or matmul_tile(weight, tokens)
+    splits = out.shape[0]
+    small_matmul.small_matmul_kernel[(triton.cdiv(weight.rows, rows), splits)](
+        hidden, weight.data, scale, added, out, tokens,
+        TILE_TOKENS=max(16, triton.next_power_of_2(tokens)), TILE_ROWS=rows, TILE_WORDS=words, SPLITS=splits,
+        **shared, **_options(overlap, warps, stages),
+    )  # fmt: skip
+
+
+def norm(
+    parts: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    epsilon: float,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_streams: int = 1,
+    residual_scale: float = 1.0,
+    kept: Tensor | None = None,
+    streams: int = 1,
+    overlap: bool = False,
+) -> None:
+    """See plain.norm."""
+    splits, tokens, hidden = parts.shape
+    block = triton.next_power_of_2(hidden)
+    norm_kernels.norm_kernel[(tokens,)](
+        parts, parts if bias is None else bias, out if residual is None else residual, norm_weight, norm_bias,
+        out if kept is None else kept, out, tokens, residual_scale, epsilon,
+        HIDDEN=hidden, BLOCK=block, SPLITS=splits, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        RESIDUAL_STREAMS=residual_streams, KEEP=kept is not None, STREAMS=streams, OVERLAP=overlap,
+        **_options(overlap, max(1, min(8, block // 256))),
+    )  # fmt: skip
+
+
+def embed(
+    ids: Tensor,
+    table: PackedWeight,
+    lengths: Tensor,
+    position_base: Tensor,
+    position_step: Tensor,
+    frequencies: Tensor,
+    prefix: int,
+    out: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    *,
+    overlap: bool = False,
+) -> None:
+    """See plain.embed."""
+    half = frequencies.shape[0]
+    scale = table.data if table.scale is None else table.scale
+    step_ends.embed_kernel[(ids.shape[0],)](
+        ids, table.data, scale, lengths, position_base, position_step, frequencies, out, cosines, sines,
+        position_base.stride(0), prefix,
+        HIDDEN=table.columns, BLOCK=triton.next_power_of_2(table.columns), BITS=table.bits, GROUP=table.group,
+        ORIGINAL=table.is_original, ROTARY_STREAMS=cosines.shape[1] // half, HALF=half,
+        BLOCK_HALF=triton.next_power_of_2(half), OVERLAP=overlap, **_options(overlap, 8),
+    )  # fmt: skip
+
+
+def decode_attention(
+    parts: Tensor,
+    bias: Tensor | None,
+    cosines: Tensor,
+    sines: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    lengths: Tensor,
+    workspace: tuple[Tensor, Tensor],
+    out: Tensor,
+    *,
+    rotary_streams: int,
+    per_head: bool,
+    pieces: int = 1,
+    streams: int = 1,
+    overlap: bool = False,
+    tile: tuple[int, int] = (32, 4),
+) -> None:
+    """See plain.decode_attention; `tile` is (tokens, warps) of a program's step."""
+    splits, batch, _ = parts.shape
+    _, num_heads, head_dim = keys.shape
+    partial, tickets = workspace
+    attention_kernels.decode_attention_kernel[(num_heads, pieces, batch)](
+        parts, parts if bias is None else bias, cosines, sines, keys, values, tables, lengths, partial, tickets, out,
+        batch, tables.stride(0), head_dim**-0.5,
+        HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim), ROTARY_STREAMS=rotary_streams,
+        PER_HEAD=per_head, SPLITS=splits, HAS_BIAS=bias is not None, PIECES=pieces, TILE=tile[0], STREAMS=streams,
+        OVERLAP=overlap, **_options(overlap, tile[1]),
+    )  # fmt: skip
+
+
+CHUNK = 2048
+"""Scores that one program of best_tokens looks at."""
+
+
+def best_tokens(
+    logits: Tensor,
+    no_piece: Tensor | None,
+    workspace: tuple[Tensor, Tensor, Tensor],
+    ids: Tensor,
+    lengths: Tensor,
+    chosen: Tensor,
+    *,
+    overlap: bool = False,
+) -> None:
+    """See plain.best_tokens."""
+    batch, vocab = logits.shape
+    chunks = triton.cdiv(vocab, CHUNK)
+    tops, places, finite = workspace
+    step_ends.best_of_chunk_kernel[(chunks, batch)](
+        logits, logits if no_piece is None else no_piece, tops, places, finite,
+        VOCAB=vocab, CHUNKS=chunks, CHUNK=CHUNK, HAS_NO_PIECE=no_piece is not None, OVERLAP=overlap,
+        **_options(overlap, 4),
+    )  # fmt: skip
+    step_ends.best_token_kernel[(batch,)](
+        tops, places, finite, ids, lengths, chosen, batch,
+        CHUNKS=chunks, BLOCK=triton.next_power_of_2(chunks), OVERLAP=overlap, **_options(overlap, 1),
+    )  # fmt: skip
+
+
+def split_heads(
+    qkv: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    *,
+    rotary_streams: int,
+    per_head: bool,
+) -> None:
+    """See plain.split_heads."""
+    tokens = qkv.shape[0]
+    _, num_heads, head_dim = keys.shape
+    block_heads = min(16, triton.next_power_of_2(num_heads))
+    prefill_parts.split_heads_kernel[(tokens, triton.cdiv(num_heads, block_heads))](
+        qkv, cosines, sines, keys, values, slots, out, tokens,
+        HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim), BLOCK_HEADS=block_heads,
+        ROTARY_STREAMS=rotary_streams, PER_HEAD=per_head, num_warps=4,
+    )  # fmt: skip
+
+
+def gelu_(inner: Tensor) -> None:
+    """See plain.gelu_; contiguous."""
+    prefill_parts.gelu_kernel[(triton.cdiv(inner.numel(), 2048),)](inner, inner.numel(), BLOCK=2048, num_warps=8)
+
+
+def dequantize(weight: PackedWeight, out: Tensor) -> None:
+    """See plain.dequantize."""
+    block = min(2048, triton.next_power_of_2(weight.columns))
+    assert weight.scale is not None and out.dtype != torch.float64
+    prefill_parts.dequantize_kernel[(weight.rows, triton.cdiv(weight.columns, block))](
+        weight.data, weight.scale, out,
+        COLUMNS=weight.columns, BLOCK=block, BITS=weight.bits, GROUP=weight.group, ORIGINAL=weight.is_original,
+        num_warps=max(1, min(8, block // 256)),
+    )  # fmt: skip
