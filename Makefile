@@ -27,7 +27,7 @@ help:  ## this list
 
 chat: $(FOR_CHAT)  ## talk with the embedded model (installs it first, into .venv)
 	@# on a terminal the chat gets its own process group: Ctrl-C is for the answer, not for make
-	@if [ -t 0 ]; then set -m; fi; $(BIN)/chatglm chat $(ARGS)
+	@if [ -t 0 ]; then set -m; fi; $(BIN)/chatglm chat $(ARGS) || [ $$? -eq 130 ]
 
 test: lint typecheck $(FOR_TEST)  ## everything that CI runs: format, lint, types, tests, coverage bounds
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
