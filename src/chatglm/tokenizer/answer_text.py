@@ -21,10 +21,17 @@ _UNSETTLED = re.compile(
 class AnswerText:
     """Feed ids with `push`, close with `finish`; `text` is what was given out so far, `tokens` what it took."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), *, normalize: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        normalize: bool = True,
+        keep_first_blank: bool = False,
+    ) -> None:
         self.text = ""
         self.tokens = 0
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, keep_first_blank=keep_first_blank)
         self._stop = StopStrings(stop)
         self._normalize = normalize
         self._raw = ""

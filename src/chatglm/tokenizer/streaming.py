@@ -23,10 +23,11 @@ class StreamDecoder:
     The work of a push does not depend on what came before.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, keep_first_blank: bool = False) -> None:
+        """keep_first_blank: the first piece's blank is text, as where a grammar counted it."""
         self._tokenizer = tokenizer
         self._bytes = b""  # at most three: the beginning of a character
-        self._is_at_start = True
+        self._is_at_start = not keep_first_blank
 
     def push(self, ids: int | Iterable[int]) -> str:
         """The text that is certain after one or several more ids."""

@@ -1,0 +1,475 @@
+"""ServingEngine: many requests over one model, one step at a time.
+
+Requests join and leave at every step. A step is either one slice of a first pass or one decode step, so no long prompt
+holds up running answers, and no batch holds up a short prompt. Cache blocks are taken as tokens come; when none is
+left, kept contexts go first and then the request whose loss costs least, which later resumes with the same tokens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..errors import RequestError
+from .block_pool import BlockPool, blocks_for
+from .context_cache import Context, ContextCache
+from .fair_queue import FairQueue
+from .kv_cache import BLOCK_SIZE
+from .row_runner import Prefill, begin_prefill
+from .runner import Runner
+from .serving_sampler import Chosen, ServingSampler
+from .stream import Group, Stream, TokenInfo
+
+AGED_S = 2.0
+"""A first pass that has waited so long is not overtaken any more, nor a request at the head of its queue."""
+
+ADMITTED = ("prefilling", "running")
+
+MAX_PREFILLS = 8
+"""First passes that may be under way at once; each holds the hidden states of its context."""
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """Sizes and times of a serving engine; times in seconds.
+
+    decode_rows     sequences of one decode step; the others have theirs in the next
+    prefill_budget  tokens times layers of one slice of a first pass
+    context_cache_s how long a finished context is kept; 0 keeps none
+    pool_blocks     use only so many cache blocks (tests)
+    """
+
+    max_running: int = 64
+    decode_rows: int = 64
+    prefill_budget: int = 1 << 20
+    queue_timeout_s: float = 60.0
+    request_timeout_s: float = 600.0
+    context_cache_s: float = 60.0
+    pool_blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class StreamEvent:
+    """News of one choice: text that cannot change any more, the tokens behind it, and how it ended."""
+
+    group: Group
+    stream: Stream
+    text: str
+    infos: list[TokenInfo]
+    finish: str | None = None
+    code: str | None = None
+
+
+@dataclass
+class Counters:
+    """Since the engine was made."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    context_hits: int = 0
+    iteration_tokens: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Pending:
+    """A first pass under way: which streams it fills, and whose."""
+
+    streams: list[Stream]
+    groups: list[Group]
+    since: float
+    prefill: Prefill | None = None
+
+    def work_left(self, num_layers: int) -> int:
+        """Tokens times layers."""
+        if self.prefill is not None:
+            return self.prefill.work_left
+        return num_layers * sum(stream.num_tokens for stream in self.streams)
+
+
+class ServingEngine:
+    """Used by one thread. `submit` and `cancel` between steps; `step` gives the news."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        sampler: ServingSampler,
+        limits: EngineLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        change_logits: Callable[[Tensor, list[Stream]], Tensor] | None = None,
+    ) -> None:
+        """change_logits: a fault to be injected into every pass."""
+        self.runner = runner
+        self.sampler = sampler
+        self.limits = limits or EngineLimits()
+        self.pool = BlockPool(runner.cache, self.limits.pool_blocks)
+        self.contexts = ContextCache(self.pool, self.limits.context_cache_s)
+        self.waiting = FairQueue()
+        self.pending: list[Pending] = []
+        self.running: list[Stream] = []
+        self.groups: dict[str, Group] = {}
+        self.counters = Counters()
+        self._owners: dict[Stream, Group] = {}
+        self._clock = clock
+        self._change_logits = change_logits
+        self._was_prefill = False
+        self._events: list[StreamEvent] = []
+
+    # From outside
+
+    def check(self, group: Group) -> None:
+        """Raise RequestError when the whole pool could not hold this request."""
+        first, n = group.streams[0], len(group.streams)
+        most = max(
+            blocks_for(group.num_prompt_tokens) + n,
+            n * blocks_for(group.num_prompt_tokens + first.max_new),
+        )
+        if most > self.pool.num_blocks:
+            raise RequestError(
+                f"the request may need {most * BLOCK_SIZE:,} cache tokens (prompt {group.num_prompt_tokens:,}, "
+                f"answer {first.max_new:,}, n {n}), the KV cache holds {self.pool.num_blocks * BLOCK_SIZE:,}",
+                cure="ask for fewer tokens or choices, or start the server with a larger --kv-memory",
+            )
+
+    def submit(self, group: Group) -> None:
+        """Queue a request that `check` let pass."""
+        self.groups[group.id] = group
+        self._owners |= dict.fromkeys(group.streams, group)
+        self.waiting.push(group)
+
+    def cancel(self, identity: str, code: str = "cancelled") -> None:
+        """End a request; no token of it is computed from now on. Unknown and ended requests are left alone."""
+        group = self.groups.get(identity)
+        if group is not None:
+            self._end_group(group, "cancelled", code)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.groups)
+
+    @property
+    def num_running(self) -> int:
+        """Requests past their admission."""
+        return sum(group.state in ADMITTED for group in self.groups.values())
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the pool's blocks that somebody owns."""
+        return self.pool.num_used / self.pool.num_blocks
+
+    # A step
+
+    def step(self) -> list[StreamEvent]:
+        """One slice of a first pass or one decode step, in turns where both wait."""
+        now = self._clock()
+        self.counters.steps += 1
+        self._drop_late(now)
+        self.contexts.drop_old(now)
+        self._admit(now)
+        if self.pending and not (self._was_prefill and self.running):
+            self._was_prefill = True
+            self._advance(now)
+        elif self.running:
+            self._was_prefill = False
+            self._decode()
+        return self.take_events()
+
+    def take_events(self) -> list[StreamEvent]:
+        """News since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    def _drop_late(self, now: float) -> None:
+        for group in list(self.groups.values()):
+            if now - group.arrived > self.limits.request_timeout_s:
+                self._end_group(group, "timeout", "request_timeout")
+            elif group.admitted is None and now - group.arrived > self.limits.queue_timeout_s:
+                self._end_group(group, "error", "queue_timeout")
+
+    # Admission
+
+    def _admit(self, now: float) -> None:
+        """Start what fits: the fairest key first; an aged head that does not fit yet is waited for."""
+        while len(self.waiting) and len(self.pending) < MAX_PREFILLS:
+            started = False
+            for group in self.waiting.heads():
+                if self._start(group, now):
+                    started = True
+                    break
+                if now - group.arrived > AGED_S:
+                    break
+            if not started:
+                return
+
+    def _start(self, group: Group, now: float) -> bool:
+        """Admit one group if there is room; its pass begins, or its context is already there."""
+        live = group.live
+        admitted = sum(len(other.live) for other in self.groups.values() if other.state in ADMITTED)
+        if admitted and admitted + len(live) > self.limits.max_running:
+            return False
+        context = self.contexts.find(group, now) if group.is_fresh else None
+        if group.is_fresh:
+            wanted = [0 if context else blocks_for(group.num_prompt_tokens)]
+        else:
+            wanted = [blocks_for(stream.num_tokens) for stream in live]
+        blocks = self._take_blocks(sum(wanted) + len(live))
+        if blocks is None:
+            return False
+        self.waiting.remove(group)
+        self._note_admission(group, now, hit=context is not None)
+        group.spare, blocks = blocks[sum(wanted) :], blocks[: sum(wanted)]
+        if context is not None:
+            group.state = "running"
+            self._fork(group, context, context.logits)
+            return True
+        group.state = "prefilling"
+        filled = live[:1] if group.is_fresh else live
+        for stream, count in zip(filled, wanted, strict=True):
+            stream.hold(blocks[:count])
+            blocks = blocks[count:]
+        self._join_pending(group, filled, now)
+        return True
+
+    def _join_pending(self, group: Group, streams: list[Stream], now: float) -> None:
+        """Short contexts that wait together run as one pass, if that still is a single slice."""
+        tokens = sum(stream.num_tokens for stream in streams)
+        layers = self.runner.model.config.num_layers
+        for held in self.pending:
+            is_untouched = held.prefill is None
+            if is_untouched and held.work_left(layers) + tokens * layers <= self.limits.prefill_budget:
+                held.streams.extend(streams)
+                held.groups.append(group)
+                return
+        self.pending.append(Pending(list(streams), [group], now))
+
+    def _note_admission(self, group: Group, now: float, *, hit: bool) -> None:
+        if group.admitted is None:
+            group.admitted = now
+            self.counters.prompt_tokens += group.num_prompt_tokens
+            if hit:
+                self.counters.context_hits += 1
+                group.cached_tokens = group.num_prompt_tokens
+        if not hit:
+            self.waiting.charge(group.key, group.num_prompt_tokens)
+
+    # First passes
+
+    def _advance(self, now: float) -> None:
+        """One slice of the pass with the least work left, or of the oldest once it has waited long enough."""
+        oldest = min(self.pending, key=lambda held: held.since)
+        is_aged = now - oldest.since > AGED_S
+        layers = self.runner.model.config.num_layers
+        held = oldest if is_aged else min(self.pending, key=lambda held: held.work_left(layers))
+        before = held.work_left(layers)
+        if held.prefill is None:
+            held.prefill = begin_prefill(self.runner, list(held.streams))
+        logits = held.prefill.advance(self.limits.prefill_budget)
+        self.counters.iteration_tokens.append((before - held.prefill.work_left) // layers)
+        if logits is None:
+            return
+        self.pending.remove(held)
+        for group in held.groups:
+            group.state = "running"
+        resumed: list[Stream] = []
+        rows: list[int] = []
+        for row, stream in enumerate(held.streams):
+            group = self._owners[stream]
+            if group.is_fresh:
+                context = Context(stream.blocks, group.num_prompt_tokens, logits[row].clone(), now)
+                if self.contexts.is_on:
+                    self.contexts.put(group, context)
+                else:
+                    self.pool.share(context.blocks)
+                self._fork(group, context, logits[row])
+                if not self.contexts.is_on:
+                    self.pool.release(context.blocks)
+            else:
+                resumed.append(stream)
+                rows.append(row)
+        if resumed:
+            self.running += resumed
+            self._take(logits[rows], resumed)
+
+    def _fork(self, group: Group, context: Context, logits: Tensor) -> None:
+        """All choices go on from one context: whole blocks are shared, a begun one is copied."""
+        whole = context.length // BLOCK_SIZE
+        live = group.live
+        for stream in live:
+            self.pool.release(stream.blocks)
+            stream.blocks = []
+            self.pool.share(context.blocks[:whole])
+            blocks = context.blocks[:whole]
+            if whole < len(context.blocks):
+                own = group.spare.pop()
+                self.pool.copy(context.blocks[whole], own)
+                blocks = [*blocks, own]
+            stream.hold(blocks)
+            stream.cached = context.length
+        self.running += live
+        self._take(logits.expand(len(live), -1), live)
+
+    # Decode steps
+
+    def _decode(self) -> None:
+        """One token for the streams whose turn it is."""
+        turn = sorted(self.running, key=lambda stream: stream.turn)[: self.limits.decode_rows]
+        batch: list[Stream] = []
+        for stream in turn:
+            if stream in self._owners and self._owners[stream].state == "running" and self._grow(stream):
+                batch.append(stream)
+        batch = [stream for stream in batch if stream.slots and not stream.is_finished]  # some may have been preempted
+        if not batch:
+            return
+        for stream in batch:
+            stream.turn = self.counters.steps
+        self.counters.iteration_tokens.append(len(batch))
+        self._take(self.runner.decode(list(batch)), batch)
+
+    def _grow(self, stream: Stream) -> bool:
+        """A slot for the next token. False when the stream itself had to be preempted for want of one."""
+        if stream.cached < len(stream.slots):
+            return True
+        group = self._owners[stream]
+        if group.spare:
+            stream.hold([*stream.blocks, group.spare.pop()])
+            return True
+        while (blocks := self._take_blocks(1)) is None:
+            victim = self._victim()
+            self._preempt(victim)
+            if victim is group:
+                return False
+        stream.hold([*stream.blocks, *blocks])
+        return True
+
+    def _take_blocks(self, count: int) -> list[int] | None:
+        """Free blocks; kept contexts are given up for them."""
+        while (blocks := self.pool.allocate(count)) is None:
+            if not self.contexts.drop_one():
+                return None
+        return blocks
+
+    def _victim(self) -> Group:
+        """The admitted group with the least work lost, the latest of equals; never the oldest."""
+        admitted = [group for group in self.groups.values() if group.state in ADMITTED]
+        oldest = min(admitted, key=lambda group: group.arrived)
+        others = [group for group in admitted if group is not oldest] or [oldest]
+        return min(others, key=lambda group: (group.num_computed, -group.arrived))
+
+    def _preempt(self, group: Group) -> None:
+        """Take all blocks; ids, text, seeds and grammars stay. The group waits at the head of its key's queue."""
+        self.counters.preemptions += 1
+        self._leave(group)
+        group.state = "waiting"
+        self.waiting.push(group, at_head=True)
+        for held in [held for held in self.pending if group in held.groups]:
+            self._leave_pending(held, group)
+
+    def _leave(self, group: Group) -> None:
+        """Give back everything that a group holds on the device."""
+        for stream in group.streams:
+            self._release(stream)
+        self.pool.release(group.spare)
+        group.spare = []
+
+    def _release(self, stream: Stream) -> None:
+        self.pool.release(stream.blocks)
+        stream.blocks, stream.slots, stream.cached = [], [], 0
+        if stream in self.running:
+            self.running.remove(stream)
+
+    # Tokens
+
+    def _take(self, logits: Tensor, streams: list[Stream]) -> None:
+        """Sample, decode to text, report; ended streams leave."""
+        if self._change_logits is not None:
+            logits = self._change_logits(logits, streams)
+        now = self._clock()
+        for stream, chosen in zip(streams, self.sampler(logits, streams), strict=True):
+            group = self._owners[stream]
+            group.first_token = group.first_token or now
+            if chosen.error:
+                stream.fail(chosen.error)
+                self._finish(stream, "", "error", chosen.error.partition(":")[0])
+                continue
+            self.counters.generation_tokens += 1
+            self.waiting.charge(group.key, 1)
+            self._append(stream, chosen)
+
+    def _append(self, stream: Stream, chosen: Chosen) -> None:
+        stream.num_sampled += 1
+        end_id = self.sampler.end_id
+        stream.append(chosen.token, end_id)
+        assert stream.text is not None
+        text = ""
+        if chosen.token != end_id:
+            if chosen.info:
+                stream.infos.append(chosen.info)
+            text = stream.text.push(chosen.token)
+            if stream.text.is_stopped:
+                stream.finish_reason = "stop"
+            elif stream.matcher is not None and not self._follow_grammar(stream, chosen.token):
+                return
+        if stream.is_finished:
+            text += stream.text.finish()
+            if stream.text.is_stopped:
+                stream.finish_reason = "stop"
+            self._finish(stream, text, str(stream.finish_reason))
+        elif text:
+            self._report(stream, text)
+
+    def _follow_grammar(self, stream: Stream, token: int) -> bool:
+        """Whether the stream goes on after this token; a complete text ends it."""
+        assert stream.matcher is not None
+        try:
+            stream.matcher.take(token)
+        except ValueError as error:
+            stream.fail(f"grammar: {error}")
+            self._finish(stream, "", "error", "grammar")
+            return False
+        if stream.matcher.is_complete:
+            stream.finish_reason = "stop"
+        return True
+
+    def _report(self, stream: Stream, text: str, finish: str | None = None, code: str | None = None) -> None:
+        infos, stream.infos = stream.infos, []
+        self._events.append(StreamEvent(self._owners[stream], stream, text, infos, finish, code))
+
+    def _finish(self, stream: Stream, text: str, finish: str, code: str | None = None) -> None:
+        self._report(stream, text, finish, code)
+        self._release(stream)
+        group = self._owners[stream]
+        if not group.live:
+            self._forget(group)
+        elif finish == "error":
+            self._end_group(group, "error", code or "internal_error")
+
+    def _end_group(self, group: Group, finish: str, code: str) -> None:
+        """A terminal state for every choice that is left."""
+        group.end_code = code
+        if group.state == "waiting":
+            self.waiting.remove(group)
+        for held in [held for held in self.pending if group in held.groups]:
+            self._leave_pending(held, group)
+        for stream in group.live:
+            stream.finish_reason = "error" if finish == "error" else "cancelled"
+            self._report(stream, "", finish, code)
+        self._forget(group)
+
+    def _leave_pending(self, held: Pending, group: Group) -> None:
+        self.pending.remove(held)
+        held.groups.remove(group)
+        held.streams = [stream for stream in held.streams if self._owners[stream] is not group]
+        held.prefill = None  # a shared pass starts again without it
+        if held.groups:
+            self.pending.append(held)
+
+    def _forget(self, group: Group) -> None:
+        self._leave(group)
+        group.state, group.finished = "finished", self._clock()
+        del self.groups[group.id]
+        for stream in group.streams:
+            del self._owners[stream]
