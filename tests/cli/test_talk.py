@@ -150,6 +150,17 @@ def test_without_stopping_an_interrupt_is_the_callers(model: ChatModel) -> None:
         answer(model, Conversation(settings=GREEDY), "你好", Interrupted(), can_stop=False)
 
 
+def test_the_embedded_model_is_shown_the_rounds_of_the_questions_language_only(
+    model: ChatModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conversation, paper, waiting = Conversation(settings=GREEDY), Paper(), BackgroundLoad.finished(model)
+    script = Script("你好", "What can you do?")
+    Talk(waiting, conversation, script, paper, Terminal(False, False, False), "m", keeps_languages_apart=True).run()
+    assert paper.answers[1] == model.chat("What can you do?", **GREEDY).text
+    assert [question for question, _ in conversation.rounds] == ["你好", "What can you do?"]
+    assert "(1 round in the other language stayed out" in capsys.readouterr().err
+
+
 def test_error_of_loading_in_the_background_comes_with_the_first_question() -> None:
     def fail() -> ChatModel:
         raise DeviceError("no such card")

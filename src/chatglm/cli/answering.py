@@ -59,18 +59,26 @@ class StopOnInterrupt:
 
 
 def answer(
-    model: ChatModel, conversation: Conversation, question: str, writer: AnswerWriter, *, can_stop: bool
+    model: ChatModel,
+    conversation: Conversation,
+    question: str,
+    writer: AnswerWriter,
+    *,
+    can_stop: bool,
+    rounds: list[tuple[str, str]] | None = None,
 ) -> Answered:
     """Stream the answer to `question` into `writer` and add the round to the conversation.
 
     can_stop  Ctrl-C ends the answer within one token, and what was said so far is kept; else it ends the program
+    rounds    the earlier rounds that the model is shown; by default all
     Raises the ChatGLMErrors of `ChatModel.stream_chat`, before anything is written.
     """
     begin = time.monotonic()
     first: float | None = None
     pieces: list[str] = []
     reply: Reply | None = None
-    stream = model.stream_chat(question, conversation.rounds, conversation.system, **conversation.settings)
+    shown = conversation.rounds if rounds is None else rounds
+    stream = model.stream_chat(question, shown, conversation.system, **conversation.settings)
     stop = StopOnInterrupt()
     with stop if can_stop else nullcontext(), silent_keyboard() if can_stop else nullcontext():
         try:

@@ -13,7 +13,7 @@ from ..errors import ChatGLMError
 from .answer_writer import AnswerWriter, open_writer
 from .answering import Answered, answer
 from .conversation import Conversation
-from .language import both
+from .language import both, language_of, rounds_in_language_of
 from .model_loading import BackgroundLoad, load
 from .options import CommonOptions, PlacementOptions, SamplingOptions, Source
 from .question_reader import QuestionReader, hint, open_reader
@@ -58,7 +58,8 @@ def chat(
         waiting = BackgroundLoad.finished(model)
     if terminal.reads_keys:
         terminal.note(hint(reader))
-    talk = Talk(waiting, conversation, reader, open_writer(terminal, as_json=common.json), terminal, name)
+    writer = open_writer(terminal, as_json=common.json)
+    talk = Talk(waiting, conversation, reader, writer, terminal, name, keeps_languages_apart=source is None)
     try:
         failures = talk.run()
     except KeyboardInterrupt:
@@ -77,7 +78,11 @@ def chat(
 
 
 class Talk:
-    """Question, answer, question, …"""
+    """Question, answer, question, …
+
+    keeps_languages_apart  the model is shown the earlier rounds of the question's language only: the embedded model,
+                           which never saw a conversation in two languages, would stay in the first one
+    """
 
     def __init__(
         self,
@@ -87,6 +92,8 @@ class Talk:
         writer: AnswerWriter,
         terminal: Terminal,
         name: str,
+        *,
+        keeps_languages_apart: bool = False,
     ) -> None:
         self._waiting = waiting
         self._conversation = conversation
@@ -94,6 +101,8 @@ class Talk:
         self._writer = writer
         self._terminal = terminal
         self._commands = SlashCommands(conversation, terminal, name)
+        self._keeps_languages_apart = keeps_languages_apart
+        self._told_languages: set[str | None] = set()
 
     def run(self) -> int:
         """Until the questions end; the number of questions that failed. Raises KeyboardInterrupt when Ctrl-C leaves."""
@@ -121,19 +130,33 @@ class Talk:
 
     def _ask(self, question: str, model: ChatModel) -> bool:
         rounds_before = list(self._conversation.rounds)
+        shown = rounds_in_language_of(question, rounds_before) if self._keeps_languages_apart else rounds_before
+        can_stop = self._terminal.reads_keys
         try:
-            answered = answer(model, self._conversation, question, self._writer, can_stop=self._terminal.reads_keys)
+            answered = answer(model, self._conversation, question, self._writer, can_stop=can_stop, rounds=shown)
         except ChatGLMError as error:
             self._conversation.rounds[:] = rounds_before
             self._terminal.complain(str(error))
             return False
         self._commands.last_stats = stats(model, answered)
-        self._remark(model, answered)
+        if len(shown) < len(rounds_before):
+            self._remark_on_languages(question, len(rounds_before) - len(shown))
+        self._remark(answered)
         if self._terminal.reads_keys:
             self._terminal.reply("")
         return answered.reply is None or answered.reply.finish_reason != "error"
 
-    def _remark(self, model: ChatModel, answered: Answered) -> None:
+    def _remark_on_languages(self, question: str, left_out: int) -> None:
+        """Once in each language, and in the language of the question."""
+        language = language_of(question)
+        if language in self._told_languages:
+            return
+        self._told_languages.add(language)
+        english = f"({plural(left_out, 'round')} in the other language stayed out: this small model would follow it)"
+        chinese = f"（另一种语言的 {left_out} 轮没有放入：小模型会跟着用那种语言）"
+        self._terminal.note(chinese if language == "zh" else english)
+
+    def _remark(self, answered: Answered) -> None:
         """What a reader should know about this answer, one line each."""
         reply = answered.reply
         if reply is None:
