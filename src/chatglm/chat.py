@@ -162,7 +162,7 @@ class ChatModel:
     def stream_chat(
         self, question: str, history: History | None = None, system: str | None = None, **sampling: Any
     ) -> Iterator[Delta]:
-        """The same, piece by piece. Closing the iterator ends the answer within one token."""
+        """The same, one piece a token (empty while nothing is sure). Closing the iterator ends the answer at once."""
         params = SamplingParams.from_mapping(sampling)
         rounds = [(str(asked), str(answered)) for asked, answered in history or ()]
         fitted = template.fit(
@@ -240,8 +240,8 @@ class ChatModel:
                     self.engine.add(sequence)
                     while not sequence.is_finished:
                         for output in self.engine.step():
-                            if output.token is not None and (text := answer.push(output.token)):
-                                yield Delta(text)
+                            if output.token is not None:
+                                yield Delta(answer.push(output.token))  # "" while text is held back: a chance to stop
                         _end_where_stopped(sequence, answer)
                 finally:
                     self.engine.abandon([sequence])

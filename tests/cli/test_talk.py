@@ -131,6 +131,13 @@ def test_interrupt_keeps_what_was_said_and_gives_the_cache_back(model: ChatModel
     assert cache.num_free_tokens == free_before
 
 
+def test_every_token_gives_a_chance_to_stop_also_while_text_is_held_back(model: ChatModel) -> None:
+    deltas = list(model.stream_chat("Hello!", temperature=0.0, min_new_tokens=30, stop=("zzz",)))
+    assert deltas[-1].reply is not None
+    assert len(deltas) == deltas[-1].reply.usage.answer_tokens + 1
+    assert any(not delta.text for delta in deltas)
+
+
 def test_second_interrupt_leaves(model: ChatModel) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopOnInterrupt() as stop:
