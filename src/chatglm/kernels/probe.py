@@ -1,4 +1,4 @@
-"""Which kernels run: Triton's or plain PyTorch's. Asked once, said once, and overridable."""
+"""Which kernels run: Triton's, native ones for the CPU, or plain PyTorch's. Asked once, said once, and overridable."""
 
 from __future__ import annotations
 
@@ -15,27 +15,54 @@ from ..errors import DeviceError
 logger = logging.getLogger(__name__)
 
 VARIABLE = "CHATGLM_KERNELS"
-CHOICES = ("auto", "triton", "torch")
+CHOICES = ("auto", "triton", "native", "torch")
 
 
 def choose_kernels(asked: str | None, device: torch.device) -> str:
-    """`triton` or `torch` for this device; one log line says which and why.
+    """`triton`, `native` (kernels.cpu) or `torch` for this device; one log line says which and why.
 
-    asked  auto, triton or torch; None asks the environment variable CHATGLM_KERNELS, then is auto
-    Raises DeviceError for an unknown name, and where Triton is asked for by name and cannot run.
+    asked  auto, triton, native or torch; None asks the environment variable CHATGLM_KERNELS, then is auto
+    Raises DeviceError for an unknown name, and where kernels are asked for by name and cannot run.
     """
     source = "asked for"
     if asked is None:
         asked, source = os.environ.get(VARIABLE, "auto"), f"{VARIABLE} says so"
     if asked not in CHOICES:
         raise DeviceError(f"unknown kernels {asked!r}; known: {', '.join(CHOICES)}")
-    obstacle = None if asked == "triton" and _is_interpreted(device) else why_not_triton(device)
-    if asked == "triton" and obstacle:
-        raise DeviceError(f"the Triton kernels were asked for, but {obstacle}", cure="use `auto` or `torch`")
-    chosen = "torch" if asked == "torch" or obstacle else "triton"
-    reason = source if asked != "auto" else obstacle or "a CUDA device, Triton and a C compiler are here"
-    _say(chosen, str(device), reason)
+    obstacles = {"triton": why_not_triton(device), "native": why_not_native(device)}
+    if obstacle := obstacles.get(asked):
+        raise DeviceError(f"the {asked} kernels were asked for, but {obstacle}", cure="use `auto` or `torch`")
+    if asked != "auto":
+        _say(asked, str(device), source)
+        return asked
+    chosen = next((name for name, obstacle in obstacles.items() if obstacle is None), "torch")
+    reasons = {
+        "triton": "a CUDA device, Triton and a C compiler are here",
+        "native": "compiled here for this processor",
+        "torch": obstacles["native" if device.type == "cpu" else "triton"],
+    }
+    _say(chosen, str(device), reasons[chosen] or "")
     return chosen
+
+
+def why_not_native(device: torch.device) -> str | None:
+    """What keeps the native kernels from running on this device, or None."""
+    if device.type != "cpu":
+        return f"the device is {device.type}, not cpu"
+    return _why_not_compile()
+
+
+@functools.cache
+def _why_not_compile() -> str | None:
+    if importlib.util.find_spec("llvmlite") is None:
+        return 'the package llvmlite is not installed (pip install "chatglm[cpu]")'
+    try:
+        from .cpu.jit import host_targets
+
+        targets = host_targets()
+    except Exception as error:
+        return f"llvmlite cannot be used ({error})"
+    return None if targets else "this processor is too old for them (it has no F16C)"
 
 
 def why_not_triton(device: torch.device) -> str | None:
