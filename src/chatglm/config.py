@@ -30,6 +30,13 @@ CHATGLM_RESIDUAL_SCALE = math.sqrt(2 * 28)
 IMAGE_TOKENS = 20_000
 """Ids 0 … 19,999 of the pre-slim era were image tokens; the slim era dropped them."""
 
+GROUP_SIZE = 64
+"""Columns that share a scale in the project's own format, unless a model's sizes ask for fewer."""
+
+EMBEDDING_BITS = 8
+"""Embedding and head of the project's own format, also beside INT4 linears: measured on the embedded model, INT4 there
+costs as much perplexity as INT4 in all linears together (docs/quantization.md)."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -41,6 +48,7 @@ class ModelConfig:
                          or running on behind the context (GLM-130B)
     quantization_bit     0, 4 or 8: linears stored in the original's row-wise packing, or in groups
     quantization_group_size  weights that share a scale in the project's own format; 0 is the original's, a whole row
+    quantization_embeddings  embedding and head are quantised too, to quantization_embedding_bit (0: as the linears)
     pre_seq_len          length of a P-tuning v2 prefix, or None
 
     Raises ConfigError when sizes or ids are impossible. Source: GLM (ACL 2022) §2, GLM-130B (ICLR 2023) §2.
@@ -72,6 +80,7 @@ class ModelConfig:
     quantization_bit: int = 0
     quantization_group_size: int = 0
     quantization_embeddings: bool = False
+    quantization_embedding_bit: int = 0
     pre_seq_len: int | None = None
     prefix_projection: bool = False
     torch_dtype: str = "float16"
@@ -111,11 +120,18 @@ class ModelConfig:
         if len(distinct) < 4:
             ids = ", ".join(f"{name} {getattr(self, name)}" for name in _ID_NAMES)
             raise ConfigError(f"config: special ids must differ; found {ids}")
-        if self.quantization_group_size % 8 or self.quantization_group_size < 0:
-            size = self.quantization_group_size
-            raise ConfigError(f"config: `quantization_group_size` is {size!r}; it must be 0 or a multiple of 8")
+        self._check_group_size()
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
             raise ConfigError(f"config: `pre_seq_len` is {self.pre_seq_len!r}; it must be positive or absent")
+
+    def _check_group_size(self) -> None:
+        size = self.quantization_group_size
+        if size % 8 or size < 0:
+            raise ConfigError(f"config: `quantization_group_size` is {size!r}; it must be 0 or a multiple of 8")
+        for name in ("hidden_size", "inner_hidden_size") if size else ():
+            columns = getattr(self, name)
+            if columns % size:
+                raise ConfigError(f"config: `quantization_group_size` {size} does not divide `{name}` {columns}")
 
     @property
     def head_dim(self) -> int:
@@ -144,6 +160,41 @@ class ModelConfig:
         heads = 1 if self.tied_head else 2
         return heads * self.vocab_size * hidden + positions + self.num_layers * layer + 2 * hidden
 
+    @property
+    def embedding_bits(self) -> int:
+        """Bits of embedding and head, 0 where they are floats."""
+        return (self.quantization_embedding_bit or self.quantization_bit) if self.quantization_embeddings else 0
+
+    def quantized(self, bits: int, group_size: int | None = None, embedding_bits: int | None = None) -> ModelConfig:
+        """The same model with other weights: by default the project's own INT8 or INT4, whatever it has now.
+
+        bits            8 or 4; 0 for floats
+        group_size      0 is the original's row-wise packing; None: GROUP_SIZE, or the next smaller one that divides
+                        every matrix (0 where none does)
+        embedding_bits  0 leaves embedding and head as floats, as the original does; None: EMBEDDING_BITS
+        Raises ConfigError for a group size that does not divide hidden_size and inner_hidden_size.
+        """
+        if not bits:
+            return replace(
+                self,
+                quantization_bit=0,
+                quantization_group_size=0,
+                quantization_embeddings=False,
+                quantization_embedding_bit=0,
+            )
+        if group_size is None:
+            sizes = (GROUP_SIZE >> halvings for halvings in range(4))
+            fitting = (size for size in sizes if not (self.hidden_size % size or self.inner_hidden_size % size))
+            group_size = next(fitting, 0)
+        embedding_bits = EMBEDDING_BITS if embedding_bits is None else embedding_bits
+        return replace(
+            self,
+            quantization_bit=bits,
+            quantization_group_size=group_size,
+            quantization_embeddings=embedding_bits > 0,
+            quantization_embedding_bit=0 if embedding_bits == bits else embedding_bits,
+        )
+
     def slim(self) -> ModelConfig:
         """The same model with the 20,000 image rows dropped and every id moved down (pre-slim only)."""
         if self.era != "pre-slim":
@@ -161,6 +212,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "qkv_layout": ("per_head", "block"),
     "mlp": ("gelu_tanh", "geglu"),
     "quantization_bit": (0, 4, 8),
+    "quantization_embedding_bit": (0, 4, 8),
 }
 
 # What the original class assumes for a key that config.json lacks: the values of the first (pre-slim) release.
@@ -192,6 +244,7 @@ _OWN_KEYS = (
     "mlp",
     "position_encoding",
     "quantization_group_size",
+    "quantization_embedding_bit",
 )
 
 _BOOKKEEPING = frozenset(

@@ -12,7 +12,7 @@ from chatglm.checkpoint.layout import cut, original_names, original_shards
 from chatglm.checkpoint.releases import known_sizes
 from chatglm.config import ModelConfig
 from chatglm.model import GLM
-from chatglm.quantization import swap_linears
+from chatglm.quantization import swap_as_described
 from checkpoint_folders import SMALL
 
 VARIANTS = {
@@ -25,6 +25,10 @@ VARIANTS = {
     "int8": replace(SMALL, quantization_bit=8),
     "int4": replace(SMALL, quantization_bit=4),
     "int4-qe": replace(SMALL, quantization_bit=4, quantization_embeddings=True),
+    "int8-groups": SMALL.quantized(8),
+    "int4-groups": SMALL.quantized(4),
+    "int4-groups-untied": replace(SMALL, tied_head=False).quantized(4, 8, 4),
+    "int4-groups-float-tables": SMALL.quantized(4, 16, 0),
 }
 
 PRE_SLIM = ModelConfig(
@@ -40,13 +44,15 @@ PRE_SLIM = ModelConfig(
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
 def test_expected_tensors_are_those_of_the_network(config: ModelConfig) -> None:
     with torch.device("meta"):
-        model = swap_linears(GLM(config), config.quantization_bit, config.quantization_embeddings)
+        model = swap_as_described(GLM(config.quantized(0)), config)
+    assert model.config == config
     specs = expected_tensors(config)
     state = model.state_dict()
     assert specs.keys() == state.keys()
     for name, tensor in state.items():
         assert specs[name].shape == tuple(tensor.shape), name
-        assert ("int8" in specs[name].kinds) == (tensor.dtype == torch.int8), name
+        assert specs[name].is_codes == (not tensor.is_floating_point()), name
+        assert not specs[name].is_codes or specs[name].kinds == (str(tensor.dtype).removeprefix("torch."),), name
         assert specs[name].is_optional == (config.tied_head and name.startswith("lm_head")), name
 
 
@@ -108,9 +114,9 @@ def test_sizes_are_known_for_the_released_model_only() -> None:
         ("fp32", 24_693_145_600),
         ("fp16", 12_346_572_800),
         ("bf16", 12_346_572_800),
-        # weights 1 or 1/2 byte; scales, biases, embedding and norms fp16 (spec/chatglm-6b.md §6.5, norms fp32 there)
-        ("int8", 5_637_144_576 + 4_128_768 + 1_069_285_376 + 933_888),
-        ("int4", 5_637_144_576 // 2 + 4_128_768 + 1_069_285_376 + 933_888),
+        # groups of 64 with fp16 scales, embedding and head INT8 in both; biases and norms fp16 (2,998,272 bytes)
+        ("int8", (5_637_144_576 + 534_642_688) * 66 // 64 + 2_998_272),
+        ("int4", 5_637_144_576 * 34 // 64 + 534_642_688 * 66 // 64 + 2_998_272),
     ],
 )
 def test_the_memory_of_chatglm_6b_by_arithmetic(dtype: str, expected: int) -> None:
@@ -121,9 +127,15 @@ def test_the_memory_of_chatglm_6b_by_arithmetic(dtype: str, expected: int) -> No
     assert estimate_memory(config, dtype, tokens=10) == expected + 10 * cache_bytes(config, dtype, 1)
 
 
-def test_quantised_embeddings_are_counted_as_such() -> None:
-    saved = weight_bytes(SMALL, "int8") - weight_bytes(replace(SMALL, quantization_embeddings=True), "int8")
-    assert saved == 552 * 16 * (2 - 1) - 552 * 2
+def test_a_checkpoint_that_is_stored_so_counts_its_own_form() -> None:
+    """The original's INT4 with a float embedding, and with a quantised one; as INT8 both would become the own form."""
+    plain = replace(ModelConfig(), quantization_bit=4)
+    # weights 1/2 byte; scales, biases, embedding and norms fp16 (spec/chatglm-6b.md §6.5, norms fp32 there)
+    assert weight_bytes(plain, "int4") == 5_637_144_576 // 2 + 4_128_768 + 1_069_285_376 + 933_888
+    with_tables = replace(plain, quantization_embeddings=True)
+    saved = weight_bytes(plain, "int4") - weight_bytes(with_tables, "int4")
+    assert saved == 534_642_688 * 3 // 2 - 130_528 * 2
+    assert weight_bytes(plain, "int8") == weight_bytes(ModelConfig(), "int8")
 
 
 def test_an_unknown_dtype_is_refused_by_name() -> None:

@@ -30,27 +30,35 @@ class TensorSpec:
     def elements(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_codes(self) -> bool:
+        """Whether it holds quantised weights, a byte an element."""
+        return self.kinds in (("int8",), ("uint8",))
+
 
 def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     """Every tensor of the model by its name in the checkpoint, in the original's order (spec/chatglm-6b.md §1.1, §6.2).
 
-    A tied `lm_head` is optional. Quantised weights are int8 with the columns packed, and have a `weight_scale` beside.
+    A tied `lm_head` is optional. Quantised weights have a `weight_scale` beside: int8 codes and a scale a row, or with
+    a group size a scale a group, and INT4 as uint8 (docs/quantization.md).
     """
     hidden, rows = config.hidden_size, config.vocab_size
+    group_size = config.quantization_group_size
     specs: dict[str, TensorSpec] = {}
 
     def matrix(name: str, out: int, columns: int, bits: int, is_optional: bool = False) -> None:
         if bits:
-            specs[f"{name}.weight"] = TensorSpec((out, columns * bits // 8), ("int8",), is_optional)
-            specs[f"{name}.weight_scale"] = TensorSpec((out,), FLOATS, is_optional)
+            kind = "uint8" if group_size and bits == 4 else "int8"
+            scales = (out, columns // group_size) if group_size else (out,)
+            specs[f"{name}.weight"] = TensorSpec((out, columns * bits // 8), (kind,), is_optional)
+            specs[f"{name}.weight_scale"] = TensorSpec(scales, FLOATS, is_optional)
         else:
             specs[f"{name}.weight"] = TensorSpec((out, columns), FLOATS, is_optional)
 
     def norm(name: str) -> None:
         specs[f"{name}.weight"] = specs[f"{name}.bias"] = TensorSpec((hidden,))
 
-    table_bits = config.quantization_bit if config.quantization_embeddings else 0
-    matrix("transformer.word_embeddings", rows, hidden, table_bits)
+    matrix("transformer.word_embeddings", rows, hidden, config.embedding_bits)
     if config.position_encoding == "learned_2d":
         for table in ("position_embeddings", "block_position_embeddings"):
             matrix(f"transformer.{table}", config.max_sequence_length + 1, hidden, 0)
@@ -65,7 +73,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
                 norm(f"{prefix}.{part}")
     norm("transformer.final_layernorm")
     specs |= {PREFIX + name: TensorSpec(shape) for name, shape in _prefix_shapes(config).items()}
-    matrix("lm_head", rows, hidden, table_bits, is_optional=config.tied_head)
+    matrix("lm_head", rows, hidden, config.embedding_bits, is_optional=config.tied_head)
     return specs
 
 
@@ -95,8 +103,8 @@ def _prefix_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def stored_bytes(name: str, spec: TensorSpec, norm_bytes: int = 4) -> int:
-    """Bytes of a tensor as the original stores it: norms fp32, int8 codes, everything else fp16."""
-    if "int8" in spec.kinds:
+    """Bytes of a tensor as the original stores it: norms fp32, codes a byte, everything else fp16."""
+    if spec.is_codes:
         return spec.elements
     return spec.elements * (norm_bytes if "layernorm" in name else 2)
 
@@ -123,7 +131,7 @@ def original_shards(config: ModelConfig, largest: int | None = None) -> tuple[li
 
     def before_slimming(name: str) -> int:
         extra = rows * math.prod(names[name].shape[1:]) if name.startswith(("lm_head", EMBEDDING[:-7])) else 0
-        return stored_bytes(name, names[name]) + extra * (1 if "int8" in names[name].kinds else 2)
+        return stored_bytes(name, names[name]) + extra * (1 if names[name].is_codes else 2)
 
     sizes = {name: before_slimming(name) for name in names}
     total = sum(sizes.values())

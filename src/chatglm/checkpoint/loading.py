@@ -35,7 +35,8 @@ def load_into(
     """Fill `model` (a GLM on the meta device, plain or swapped to its quantised form) with the checkpoint's tensors.
 
     dtype      of weights, biases and norms, whatever they are stored in; int8 codes and fp16 scales keep theirs
-    transform  applied to each tensor as it arrives, e.g. quantization.quantize_on_load(4)
+    transform  applied to each tensor as it arrives, e.g. quantization.quantize_on_load(4); it may keep a tensor back
+               and give what it makes of it with a later one
     may_miss   beginnings of names that the checkpoint may lack; these stay as they are
     returns    the names that were missing so
 
@@ -86,16 +87,21 @@ class _Loading:
         return missing
 
     def _check_before(self, entries: dict[str, TensorEntry], may_miss: tuple[str, ...]) -> list[str]:
-        """Names and shapes, before anything is read. A transform may change both, so then only names are compared."""
-        made = {name.removesuffix("_scale") if self.transform else name for name in self.places}
-        missing = sorted(made - entries.keys())
+        """Names and shapes, before anything is read.
+
+        A transform may change shapes and make or take scales, so then only the names of the weights are compared.
+        """
+        made, found = set(self.places), set(entries)
+        if self.transform is not None:
+            made, found = ({name.removesuffix("_scale") for name in names} for names in (made, found))
+        missing = sorted(made - found)
         wrong = [name for name in missing if not name.startswith(may_miss or "\0")]
         if wrong:
             raise CheckpointError(
                 f"{self.checkpoint.folder} lacks {_some(wrong)}",
                 cure=_prefix_cure(wrong) or "`chatglm verify` says which files are incomplete",
             )
-        if foreign := sorted(entries.keys() - made - self.places.keys()):
+        if foreign := sorted(found - made):
             raise CheckpointError(
                 f"{self.checkpoint.folder} holds {_some(foreign)}, which the model does not have",
                 cure="config.json must describe these weights (num_layers, pre_seq_len, quantization_bit)",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from ..config import ModelConfig
@@ -15,16 +14,16 @@ _FLOAT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 def weight_bytes(config: ModelConfig, dtype: str) -> int:
     """Bytes of the weights held in `dtype` (fp32, fp16, bf16, int8, int4), the tied head once.
 
-    int8 and int4 hold the linears so, with an fp16 scale a row, and embedding and head where the config says so; the
-    rest is fp16.
+    int8 and int4: the checkpoint's own form where it is stored so, else the one that loading would make of it
+    (ModelConfig.quantized). What is not quantised is fp16.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)}")
     bits = {"int8": 8, "int4": 4}.get(dtype, 0)
-    form = replace(config, quantization_bit=bits, quantization_embeddings=bool(bits) and config.quantization_embeddings)
+    form = config if bits and bits == config.quantization_bit else config.quantized(bits)
     item = _FLOAT_BYTES.get(dtype, 2)
     return sum(
-        spec.elements * (1 if "int8" in spec.kinds else item)
+        spec.elements * (1 if spec.is_codes else item)
         for spec in expected_tensors(form).values()
         if not spec.is_optional
     )

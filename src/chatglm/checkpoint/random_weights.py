@@ -17,7 +17,7 @@ from torch import Tensor
 from ..config import ModelConfig, to_original
 from .atomic import whole_folder
 from .folder import CONFIG, TOKENIZER_CONFIG
-from .layout import HEAD, ROTARY, TensorSpec, expected_tensors, original_names, original_shards, stored_bytes
+from .layout import EMBEDDING, HEAD, ROTARY, TensorSpec, expected_tensors, original_names, original_shards, stored_bytes
 from .saving import MAX_SHARD_BYTES, Layout, Shards, dump, save, tokenizer_files
 from .tensor_file import Progress
 
@@ -105,7 +105,7 @@ def tokenizer_config(config: ModelConfig) -> dict[str, object]:
 
 
 def draw(name: str, spec: TensorSpec, config: ModelConfig, seed: int, dtype: torch.dtype) -> Tensor:
-    """The random tensor of this name; int8 for codes, else in `dtype`."""
+    """The random tensor of this name; int8 or uint8 for codes, else in `dtype`."""
     if name.endswith(ROTARY):
         exponents = torch.arange(spec.shape[0]) / spec.shape[0]
         frequencies: Tensor = torch.tensor(config.rotary_base).pow(-exponents)
@@ -113,10 +113,11 @@ def draw(name: str, spec: TensorSpec, config: ModelConfig, seed: int, dtype: tor
     source = name.replace(HEAD.removesuffix(".weight"), "transformer.word_embeddings") if config.tied_head else name
     digest = hashlib.sha256(f"{seed} {source}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    if "int8" in spec.kinds:
-        return _codes(spec.shape, config.quantization_bit, generator)
+    bits = config.embedding_bits if source.startswith((EMBEDDING[:-7], HEAD[:-7])) else config.quantization_bit
+    if spec.is_codes:
+        return _codes(spec, bits, generator)
     if name.endswith("weight_scale"):
-        limit = (1 << config.quantization_bit - 1) - 1
+        limit = (1 << bits - 1) - 1
         scale = _deviation(name, config) * math.sqrt(3) / limit  # codes are uniform in ±limit
         return (scale * (0.5 + torch.rand(spec.shape, generator=generator))).to(dtype)
     tensor = torch.empty(spec.shape, dtype=dtype)
@@ -133,8 +134,11 @@ def _deviation(name: str, config: ModelConfig) -> float:
     return next((gain for part, gain in GAINS.items() if part in name), OTHER_GAIN) / math.sqrt(columns)
 
 
-def _codes(shape: tuple[int, ...], bits: int, generator: torch.Generator) -> Tensor:
+def _codes(spec: TensorSpec, bits: int, generator: torch.Generator) -> Tensor:
+    """Even over -127 … 127 or -7 … 7, packed as the spec's dtype says."""
     if bits == 8:
-        return torch.randint(-127, 128, shape, dtype=torch.int8, generator=generator)
-    high, low = (torch.randint(-7, 8, shape, dtype=torch.int8, generator=generator) for _ in range(2))
+        return torch.randint(-127, 128, spec.shape, dtype=torch.int8, generator=generator)
+    high, low = (torch.randint(-7, 8, spec.shape, dtype=torch.int8, generator=generator) for _ in range(2))
+    if spec.kinds == ("uint8",):  # the own format: the even column low, each code + 8
+        return (low + 8).to(torch.uint8) | ((high + 8).to(torch.uint8) << 4)
     return (high << 4) | (low & 15)

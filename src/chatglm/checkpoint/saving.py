@@ -159,4 +159,4 @@ def _size(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], config: 
         return sum(tensor.nbytes for _, tensor in tensors)
     item = ITEM_BYTES.get(config.torch_dtype, 2)
     specs = expected_tensors(config).values()
-    return sum(spec.elements * (1 if "int8" in spec.kinds else item) for spec in specs if not spec.is_optional)
+    return sum(spec.elements * (1 if spec.is_codes else item) for spec in specs if not spec.is_optional)

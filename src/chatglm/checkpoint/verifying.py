@@ -161,7 +161,9 @@ def _wrong(entry: TensorEntry, spec: Any) -> Problem:
         cure = "check quantization_bit and quantization_embeddings in config.json"
     else:
         what = f"holds a tensor of shape {list(entry.shape)} where config.json asks for {list(spec.shape)}"
-        cure = f"take config.json and weights from one release: {PULL}"
+        is_scale = entry.name.endswith("_scale")
+        settings = "check quantization_bit and quantization_group_size in config.json"
+        cure = settings if is_scale else f"take config.json and weights from one release: {PULL}"
     return Problem(entry.file.name, what, cure, str(entry))
 
 

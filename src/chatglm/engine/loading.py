@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from ..checkpoint import check, estimate_memory, load_into, open_checkpoint
 from ..config import ModelConfig
 from ..model import GLM
 from ..parallel import ProcessGroup, Transform, connect, shard_model, sharded
-from ..quantization import dequantize_model, quantize_on_load, swap_linears
+from ..quantization import convert_on_load, swap_as_described
 from ..tokenizer import Tokenizer
 from .placement import DTYPES, WEIGHT_FORMATS, Placement, check_room, choose_placement, normalize_dtype
 
@@ -51,7 +51,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a checkpoint folder: verified first, then built without memory, then filled one tensor at a time.
 
-    dtype   auto, fp32, fp16, bf16 (a quantised checkpoint is expanded), int8, int4 (weights only)
+    dtype   auto, fp32, fp16, bf16 (a quantised checkpoint is expanded), int8, int4 (weights only: as stored where the
+            checkpoint has these bits, else quantised as tensors arrive, which never takes more than the result and
+            one tensor)
     device  auto, cpu, cuda, cuda:N, mps
     group   this process's part in a model split over several devices
     Raises CheckpointError, ConfigError, TokenizerError or DeviceError before memory is spent.
@@ -61,40 +63,40 @@ def load_model(
     config = checkpoint.config
     tokenizer = Tokenizer.from_folder(folder, config=config)
     dtype = normalize_dtype(dtype)
-    fp32_bytes = config.num_parameters * 4
-    stored = config.quantization_bit
-    wanted = int(dtype[-1]) if dtype in WEIGHT_FORMATS else 0
-    expand = stored > 0 and (fp32_bytes < SMALL_MODEL_BYTES if dtype == "auto" else wanted != stored)
-    bits = 0 if expand else stored or wanted
+    wanted = wanted_form(config, dtype)
+    bits = wanted.quantization_bit
     activations = "auto" if dtype in WEIGHT_FORMATS else dtype
+    fp32_bytes = config.num_parameters * 4
     placement = choose_placement(device, activations, estimate_memory(config, f"int{bits}") if bits else fp32_bytes)
 
     form = f"int{bits}" if bits else _NAMES[placement.dtype]
     if group is None:
         check_room(placement.device, {name: estimate_memory(config, name) for name in (*DTYPES, *WEIGHT_FORMATS)}, form)
 
-    plain = replace(config, quantization_bit=0, quantization_embeddings=False)
     with torch.device("meta"):
-        model = GLM(plain)
-    transform: Transform | None = None
+        model = GLM(config.quantized(0))
     if group:
         shard_model(model, group.rank, group.world_size)
-    if stored:
-        swap_linears(model, stored, embeddings=config.quantization_embeddings)
-    elif wanted:
-        swap_linears(model, wanted, embeddings=True)
-        transform = quantize_on_load(wanted, embeddings=True)
+    swap_as_described(model, wanted)
+    transform: Transform | None = convert_on_load(config, wanted)
     if group:
         transform = sharded(config, group.rank, group.world_size, then=transform)
     load_into(model, checkpoint, dtype=placement.dtype, device=placement.device, transform=transform, progress=progress)
-    if expand:
-        dequantize_model(model, placement.dtype)
-        if wanted:
-            swap_linears(model, wanted, embeddings=True)
     if group:
         connect(model, group)
     model.requires_grad_(False)
     model.eval()
-    held = model.config.quantization_bit
-    weights = f"int{held}" if held else _NAMES[placement.dtype]
-    return LoadedModel(model, tokenizer, model.config, folder, placement, weights)
+    return LoadedModel(model, tokenizer, model.config, folder, placement, form)
+
+
+def wanted_form(config: ModelConfig, dtype: str) -> ModelConfig:
+    """The description of the weights as they will be held. config: as stored; dtype: as normalize_dtype gives it.
+
+    A checkpoint that has the asked bits keeps its own format, the original's too; any other becomes the project's own.
+    """
+    stored = config.quantization_bit
+    if dtype == "auto":
+        is_small = config.num_parameters * 4 < SMALL_MODEL_BYTES
+        return config.quantized(0) if is_small else config
+    bits = int(dtype[-1]) if dtype in WEIGHT_FORMATS else 0
+    return config if bits and bits == stored else config.quantized(bits)

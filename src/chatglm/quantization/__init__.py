@@ -1,7 +1,7 @@
 """Weight formats: fewer bits for the linears, written down exactly.
 
 Row-wise as the original's checkpoints have it, and group-wise, which is the project's own. Read in this order:
-row_format, group_format, modules, swap.
+row_format, group_format, modules, swap, on_load.
 """
 
 from .group_format import dequantize_groups, quantize_groups
@@ -13,8 +13,9 @@ from .modules import (
     RowQuantizedEmbedding,
     RowQuantizedLinear,
 )
+from .on_load import convert_on_load, quantize_on_load
 from .row_format import dequantize_rows, pack_int4, quantize_rows, unpack_int4
-from .swap import dequantize_model, quantize_on_load, swap_linears
+from .swap import dequantize_model, swap_as_described, swap_linears
 
 __all__ = [
     "GroupQuantizedEmbedding",
@@ -23,6 +24,7 @@ __all__ = [
     "QuantizedLinear",
     "RowQuantizedEmbedding",
     "RowQuantizedLinear",
+    "convert_on_load",
     "dequantize_groups",
     "dequantize_model",
     "dequantize_rows",
@@ -30,6 +32,7 @@ __all__ = [
     "quantize_groups",
     "quantize_on_load",
     "quantize_rows",
+    "swap_as_described",
     "swap_linears",
     "unpack_int4",
 ]

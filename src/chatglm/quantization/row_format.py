@@ -16,6 +16,9 @@ from ..errors import QuantizationError
 LIMITS = {8: 127, 4: 7}
 """Bits → largest code. The codes are symmetric: -128 and -8 are read, never written."""
 
+CHUNK_ELEMENTS = 1 << 22
+"""Weights quantised at once; keeps temporary memory small."""
+
 SMALLEST_SCALE_STEP = 2.0**-24
 """The distance between neighbouring subnormal fp16 numbers."""
 
@@ -62,7 +65,19 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise QuantizationError(f"only a floating matrix can be quantised, not {weight.dtype} {list(weight.shape)}")
-    packed_columns(weight.shape[1], bits)
+    rows, columns = weight.shape
+    packed = weight.new_empty((rows, packed_columns(columns, bits)), dtype=torch.int8)
+    scales = weight.new_empty(rows, dtype=torch.float16)
+    step = max(1, CHUNK_ELEMENTS // max(1, columns))
+    for start in range(0, 0 if weight.is_meta else rows, step):
+        codes, scale = _quantize_some_rows(weight[start : start + step], bits, start)
+        packed[start : start + step] = pack_int4(codes) if bits == 4 else codes
+        scales[start : start + step] = scale
+    return packed, scales
+
+
+def _quantize_some_rows(weight: Tensor, bits: int, first_row: int) -> tuple[Tensor, Tensor]:
+    """int8 codes [rows, columns], not packed, and scales."""
     limit = LIMITS[bits]
     if weight.dtype == torch.bfloat16:  # its quotients would round to 128
         weight = weight.float()
@@ -72,15 +87,14 @@ def quantize_rows(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     if not bool(torch.isfinite(scale).all()):
         row = int((~torch.isfinite(scale)).nonzero()[0])
         raise QuantizationError(
-            f"row {row} has the largest magnitude {float(largest[row])}; its scale does not fit fp16"
+            f"row {first_row + row} has the largest magnitude {float(largest[row])}; its scale does not fit fp16"
         )
     codes = _codes(weight, scale)
     overflown = codes.abs().amax(dim=1) > limit  # [rows]
     if bool(overflown.any()):
         scale = torch.where(overflown, scale + SMALLEST_SCALE_STEP, scale)
         codes = _codes(weight, scale)
-    codes = codes.to(torch.int8)
-    return (pack_int4(codes) if bits == 4 else codes), scale
+    return codes.to(torch.int8), scale
 
 
 def _codes(weight: Tensor, scale: Tensor) -> Tensor:

@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config import ModelConfig
 from ..errors import QuantizationError
 from ..model.linear import Embedding, Linear
-from .group_format import quantize_groups
 from .modules import (
     GroupQuantizedEmbedding,
     GroupQuantizedLinear,
@@ -25,7 +23,7 @@ from .modules import (
     RowQuantizedEmbedding,
     RowQuantizedLinear,
 )
-from .row_format import check_bits, quantize_rows
+from .row_format import check_bits
 
 LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 """The four linears of each layer; norms, biases and the prefix encoder stay as they are."""
@@ -34,12 +32,15 @@ LINEARS = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def swap_linears(model: Model, bits: int, embeddings: bool = False, *, group_size: int = 0) -> Model:
+def swap_linears(
+    model: Model, bits: int, embeddings: bool = False, *, group_size: int = 0, embedding_bits: int = 0
+) -> Model:
     """Turn the linears of `model` into quantised ones, in place; returns the model.
 
-    bits        8 or 4; 0 leaves the model as it is
-    group_size  columns that share a scale (the project's own format); 0 is the original's row-wise format
-    embeddings  also the embedding and the head (the `-qe` form), which share codes and scales where the head is tied
+    bits            8 or 4; 0 leaves the model as it is
+    group_size      columns that share a scale (the project's own format); 0 is the original's row-wise format
+    embeddings      also the embedding and the head (the `-qe` form), which share codes and scales if the head is tied
+    embedding_bits  of embedding and head, where they differ from the linears; 0: as the linears
     A model on the meta device gets empty modules to load a quantised checkpoint into; a real one has its weights
     quantised. The model's ModelConfig follows. Raises QuantizationError for a model that is quantised already, and
     for a weight that cannot be (the message names it); then some modules may be swapped.
@@ -47,24 +48,35 @@ def swap_linears(model: Model, bits: int, embeddings: bool = False, *, group_siz
     if bits == 0:
         return model
     check_bits(bits)
+    table_bits = embedding_bits or bits
+    check_bits(table_bits)
     config = _config(model)
     linears = _layer_linears(model)
     if any(isinstance(linear, QuantizedLinear) for _, linear in linears):
         raise QuantizationError(f"the model is already quantised to INT{config.quantization_bit}")
     for name, linear in linears:
-        with _named(name):
+        with named(name):
             model.set_submodule(name, _quantized_linear(linear, bits, group_size))
     if embeddings:
-        with _named("transformer.word_embeddings"):
-            table = _quantized_embedding(model.get_submodule("transformer.word_embeddings"), bits, group_size)
+        with named("transformer.word_embeddings"):
+            table = _quantized_embedding(model.get_submodule("transformer.word_embeddings"), table_bits, group_size)
         model.set_submodule("transformer.word_embeddings", table)
-        with _named("lm_head"):
-            model.set_submodule("lm_head", _quantized_head(model, table, bits, group_size))
-    described = replace(
-        config, quantization_bit=bits, quantization_group_size=group_size, quantization_embeddings=embeddings
-    )
+        with named("lm_head"):
+            model.set_submodule("lm_head", _quantized_head(model, table, table_bits, group_size))
+    described = config.quantized(bits, group_size, table_bits if embeddings else 0)
     _describe(model, described)
     return model
+
+
+def swap_as_described(model: Model, config: ModelConfig) -> Model:
+    """swap_linears with the format of `config`, which may be a plain one; returns the model."""
+    return swap_linears(
+        model,
+        config.quantization_bit,
+        config.quantization_embeddings,
+        group_size=config.quantization_group_size,
+        embedding_bits=config.embedding_bits,
+    )
 
 
 def dequantize_model(model: Model, dtype: torch.dtype) -> Model:
@@ -88,36 +100,12 @@ def dequantize_model(model: Model, dtype: torch.dtype) -> Model:
         elif isinstance(head, QuantizedLinear):
             model.set_submodule("lm_head", _plain_linear(head, dtype))
     model.to(dtype)
-    _describe(model, replace(config, quantization_bit=0, quantization_group_size=0, quantization_embeddings=False))
+    _describe(model, config.quantized(0))
     return model
 
 
-def quantize_on_load(
-    bits: int, embeddings: bool = False, *, group_size: int = 0
-) -> Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]:
-    """A `transform` for checkpoint.load_into: plain weights are quantised as they arrive, one at a time.
-
-    The model must be swapped already (on the meta device, same arguments). Memory: the quantised model and one weight.
-    """
-    check_bits(bits)
-    names = tuple(f".{linear}.weight" for linear in LINEARS)
-    if embeddings:
-        names += ("transformer.word_embeddings.weight", "lm_head.weight")
-
-    def transform(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-        if not name.endswith(names):
-            yield name, tensor
-            return
-        with _named(name):
-            packed, scale = quantize_groups(tensor, bits, group_size) if group_size else quantize_rows(tensor, bits)
-        yield name, packed
-        yield f"{name}_scale", scale
-
-    return transform
-
-
 @contextmanager
-def _named(name: str) -> Iterator[None]:
+def named(name: str) -> Iterator[None]:
     """A QuantizationError inside gets the name of the weight in front."""
     try:
         yield
