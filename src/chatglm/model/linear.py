@@ -65,14 +65,6 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding that draws nothing on the meta device, where torch would import its compiler (a second) to do so."""
-
-    def reset_parameters(self) -> None:
-        if self.weight.device.type != "meta":
-            super().reset_parameters()
-
-
-class Embedding(nn.Embedding):
     """nn.Embedding that draws nothing on the meta device."""
 
     def reset_parameters(self) -> None:
