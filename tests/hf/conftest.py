@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-import chatglm.hf  # noqa: E402, F401 - registers the classes
+import chatglm.hf  # registers the classes
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

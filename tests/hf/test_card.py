@@ -1,4 +1,4 @@
-"""The model card's lines as printed, in a fresh process: no warning, no network, and no Python file of the checkpoint."""
+"""The model card's lines as printed, in a fresh process: no warning, no network, no Python file of the checkpoint."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from golden_vectors import cases
 from transformers import AutoModel, AutoTokenizer, LogitsProcessorList
 
 from chatglm.errors import ChatGLMError, PromptTooLongError, RequestError, TokenizerError
 from chatglm.hf.conversation import OnlyPieces
+from golden_vectors import cases
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,11 @@ def test_the_ids_of_a_conversation_equal_the_originals(
                 pass
         assert caught["input_ids"].tolist() == case["input_ids"]
         assert {name: caught.get(name) for name in ("max_length", "do_sample", "top_p", "temperature", "top_k")} == {
-            "max_length": 2048, "do_sample": True, "top_p": 0.7, "temperature": 0.95, "top_k": 50,
+            "max_length": 2048,
+            "do_sample": True,
+            "top_p": 0.7,
+            "temperature": 0.95,
+            "top_k": 50,
         }
         compared += 1
     assert compared >= 8
@@ -86,7 +90,12 @@ def test_the_signatures_have_the_originals_names_and_defaults(model: Any) -> Non
     assert list(chat)[:9] == [*original, "logits_processor"]
     defaults = {name: chat[name].default for name in original[2:]}
     assert defaults == {
-        "history": None, "max_length": 2048, "num_beams": 1, "do_sample": True, "top_p": 0.7, "temperature": 0.95,
+        "history": None,
+        "max_length": 2048,
+        "num_beams": 1,
+        "do_sample": True,
+        "top_p": 0.7,
+        "temperature": 0.95,
     }
     assert chat["top_k"].default == 50
     stream = inspect.signature(model.stream_chat).parameters
@@ -175,8 +184,8 @@ def test_the_oldest_rounds_give_way_and_that_is_told(mini: tuple[Any, Any]) -> N
     assert 0 < model.dropped_rounds < 8
     _, new = model.chat(tokenizer, "你好", history=history[:2], max_new_tokens=4, do_sample=False)
     assert model.dropped_rounds == 0
-    _, new = model.chat(tokenizer, "你好", history=history, max_new_tokens=4, do_sample=False)
-    assert model.dropped_rounds > 0 and new[:-1] == history
+    _, new = model.chat(tokenizer, "你好", history=history * 2, max_new_tokens=4, do_sample=False)
+    assert model.dropped_rounds > 0 and new[:-1] == history * 2
 
 
 def test_a_question_that_alone_does_not_fit_is_refused_with_the_numbers(mini: tuple[Any, Any]) -> None:

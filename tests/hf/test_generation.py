@@ -1,4 +1,4 @@
-"""generate and forward beyond the recorded cases: masks of both kinds, batches, sampling, scores that fail, quantize."""
+"""generate and forward beyond the recorded cases: masks, batches, sampling, scores that fail, quantize."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from golden_vectors import GOLDEN, assert_close, cases
 from transformers import AutoModel, AutoTokenizer, GenerationConfig
 
 from chatglm.errors import ChatGLMError, QuantizationError
+from golden_vectors import GOLDEN, assert_close, cases
 
 TEXTS = ["你好", "hello world, what is this?", "1+1="]
 
@@ -108,7 +108,9 @@ def test_new_tokens_need_positions_and_a_fitting_mask(model: Any) -> None:
     with pytest.raises(ValueError, match="position_ids must be given"):
         model(ids[:, 4:], past_key_values=past)
     with pytest.raises(ValueError, match="covers 9 tokens; 4 in the cache and 1 new make 5"):
-        model(ids[:, 4:], past_key_values=past, position_ids=torch.tensor([[[2], [2]]]), attention_mask=torch.ones(1, 9))
+        model(
+            ids[:, 4:], past_key_values=past, position_ids=torch.tensor([[[2], [2]]]), attention_mask=torch.ones(1, 9)
+        )
     with pytest.raises(ValueError, match="layer 0 of past_key_values"):
         model(ids[:, 4:], past_key_values=[(torch.zeros(4, 1, 2), torch.zeros(4, 1, 2))], position_ids=ids[:, None, 4:])
 
@@ -159,10 +161,17 @@ def test_sampled_beams_and_several_answers_come_back(model: Any) -> None:
     found = model.generate(ids, do_sample=True, num_beams=3, num_return_sequences=2, max_new_tokens=5)
     assert found.shape[0] == 4 and torch.equal(found[::2, :4], ids)
     scored = model.generate(
-        ids, do_sample=False, num_beams=3, num_return_sequences=2, max_new_tokens=5,
-        return_dict_in_generate=True, output_scores=True,
+        ids,
+        do_sample=False,
+        num_beams=3,
+        num_return_sequences=2,
+        max_new_tokens=5,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
-    assert scored.sequences.shape[0] == 4 and bool((scored.sequences_scores[::2] >= scored.sequences_scores[1::2]).all())
+    assert scored.sequences.shape[0] == 4 and bool(
+        (scored.sequences_scores[::2] >= scored.sequences_scores[1::2]).all()
+    )
 
 
 def test_a_generation_config_is_obeyed(model: Any) -> None:

@@ -1,25 +1,25 @@
-"""The original's vectors through the transformers classes: forward, caches, gradients, generation, quantised checkpoints."""
+"""The original's vectors through the transformers classes."""
 
 from __future__ import annotations
 
 import shutil
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden_vectors import GOLDEN, Case, assert_close, cases
 from torch import Tensor
 from transformers import AutoModel
 
 import chatglm.hf
+from golden_vectors import GOLDEN, Case, assert_close, cases
 
 FP32_MODELS = ("base-fp32", "oned-fp32", "ptuning", "ptuning-projection")
 QUANTISED = ("int8", "int4", "int4-qe")
 
 
-@lru_cache(maxsize=None)
+@cache
 def model_of(name: str) -> Any:
     """`models/<name>` as a user opens it, in fp32."""
     return AutoModel.from_pretrained(str(GOLDEN / "models" / name), trust_remote_code=True).float().eval()
@@ -175,7 +175,9 @@ def test_generate_gives_the_originals_ids(name: str, case: Case) -> None:
     assert ids.tolist() == case.outputs["ids"]
 
 
-@pytest.mark.parametrize(("name", "case"), [p for p in GENERATED if "num_beams" not in p.values[1].raw["generate_kwargs"]])
+@pytest.mark.parametrize(
+    ("name", "case"), [p for p in GENERATED if "num_beams" not in p.values[1].raw["generate_kwargs"]]
+)
 def test_generate_without_a_cache_gives_the_same_ids(name: str, case: Case) -> None:
     ids = model_of(name_of_model(name)).generate(**case.inputs, **case.raw["generate_kwargs"], use_cache=False)
     assert ids.tolist() == case.outputs["ids"]
@@ -235,9 +237,10 @@ def test_a_first_release_checkpoint_gives_its_logits(name: str, case: Case) -> N
     assert_close(model_of(name)(**case.inputs).logits[0, :, ::499], case.outputs["e551.logits_every_499th"])
 
 
-@pytest.mark.parametrize(("name", "case"), [
-    pytest.param("preslim-full-vocab", case, id=case.id) for case in cases("preslim-full-vocab", "generate_preslim")
-])
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [pytest.param("preslim-full-vocab", case, id=case.id) for case in cases("preslim-full-vocab", "generate_preslim")],
+)
 def test_a_first_release_checkpoint_generates_its_ids(name: str, case: Case) -> None:
     ids = model_of(name).generate(**case.inputs, **case.raw["generate_kwargs"])
     assert ids[0].tolist() == case.outputs["e551_ids"]
@@ -252,7 +255,9 @@ def slim_of_first_release(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return AutoModel.from_pretrained(str(folder)).float()
 
 
-def test_a_first_release_checkpoint_converted_to_slim_generates_the_later_releases_ids(slim_of_first_release: Any) -> None:
+def test_a_first_release_checkpoint_converted_to_slim_generates_the_later_releases_ids(
+    slim_of_first_release: Any,
+) -> None:
     for case in cases("preslim-full-vocab", "generate_preslim"):
         ids = slim_of_first_release.generate(case.inputs["input_ids"] - 20_000, **case.raw["generate_kwargs"])
         assert [index + 20_000 for index in ids[0].tolist()] == case.outputs["v110_slim_ids"]

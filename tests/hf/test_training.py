@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from golden_vectors import GOLDEN, assert_close, cases
 from transformers import AutoModel, AutoTokenizer
 
 from chatglm.hf.modeling import next_token_loss
+from golden_vectors import GOLDEN, assert_close, cases
 
 TRAINED = cases("base-fp32", "gradients")[0].inputs
 

@@ -1,7 +1,8 @@
 """ChatGLM-6B under transformers' names.
 
-After `import chatglm.hf` the lines of the model card work as printed, `trust_remote_code=True` included, and no Python file
-of the checkpoint runs. Read in this order: configuration, tokenization, inputs, modeling, generation, conversation.
+After `import chatglm.hf` the lines of the model card work as printed, `trust_remote_code=True` included, and no Python
+file of the checkpoint runs. Read in this order: configuration, tokenization, inputs, modeling, generation,
+conversation.
 """
 
 from __future__ import annotations

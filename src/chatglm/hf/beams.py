@@ -1,8 +1,8 @@
 """Beam search with the original's scores.
 
-Later releases of transformers divide a finished answer's score by the length of the answer alone; the release that the
-original needs (4.27) divided by the whole length, context included, and so chose other answers. This is that search, for
-every version, on the same public parts: `prepare_inputs_for_generation`, the logits processors and the stopping criteria.
+Later releases of transformers divide a finished answer's score by the length of the answer alone; the release that
+the original needs (4.27) divided by the whole length, context included, and so chose other answers. This is that
+search, for every version, on the same parts: `prepare_inputs_for_generation`, processors and stopping criteria.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Finished:
             return True
         if self.early_stopping == "never" and self.length_penalty > 0:
             length = self.max_length
-        return self.answers[-1][0] >= best_score / length**self.length_penalty
+        attainable: float = best_score / length**self.length_penalty
+        return self.answers[-1][0] >= attainable
 
 
 @torch.no_grad()
@@ -53,7 +54,7 @@ def beam_search(
     settings: Any,
     model_kwargs: dict[str, Any],
 ) -> Any:
-    """ids [batch * num_return_sequences, tokens] of the best answers, best first; a GenerateBeamDecoderOnlyOutput if asked.
+    """The ids of the best answers, [batch * num_return_sequences, tokens], best first; with scores if asked.
 
     input_ids  int64 [batch * num_beams, tokens], every context `num_beams` times
     settings   a GenerationConfig
@@ -90,7 +91,7 @@ def beam_search(
 def _candidates(
     scores: Tensor, totals: Tensor, batch: int, width: int, do_sample: bool, ends: int
 ) -> list[list[tuple[float, int, int]]]:
-    """For each context its best continuations (summed score, beam, token), best first; enough that `width` do not end."""
+    """For each context its best continuations (summed score, beam, token), best first, so many that `width` go on."""
     vocab = scores.shape[-1]
     sums = (scores + totals[:, None]).view(batch, width * vocab)
     count = min(max(2, 1 + ends) * width, sums.shape[1])
@@ -115,7 +116,7 @@ def _extend(
     ends: list[int],
     pad_id: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to go on from [batch * width], their new tokens, their summed scores [batch, width]. Ends go to `finished`."""
+    """Rows to go on from [batch * width], their new tokens, their sums [batch, width]. Ends go to `finished`."""
     parents: list[int] = []
     tokens: list[int] = []
     totals: list[list[float]] = []

@@ -1,8 +1,8 @@
 """The KV cache between transformers' form and the original's.
 
-transformers keeps keys and values as [batch, heads, tokens, head_dim] in a Cache object; the original handed out a tuple of
-(key, value) for each layer, [tokens, batch, heads, head_dim], keys after the rotary. `ChatGLMCache` is the first and reads
-as the second. Source: spec/chatglm-6b.md §3.7.
+transformers keeps keys and values as [batch, heads, tokens, head_dim] in a Cache object; the original handed out a
+tuple of (key, value) for each layer, [tokens, batch, heads, head_dim], keys after the rotary. `ChatGLMCache` is the
+first and reads as the second. Source: spec/chatglm-6b.md §3.7.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from ..model.attention import KeyValue
 
 
-class ChatGLMCache(DynamicCache):  # type: ignore[misc]
+class ChatGLMCache(DynamicCache):
     """A growing cache; `cache[layer]` is the original's (key, value), both [tokens, batch, heads, head_dim]."""
 
     @classmethod
@@ -25,7 +25,9 @@ class ChatGLMCache(DynamicCache):  # type: ignore[misc]
         cache = cls()
         for layer, pair in enumerate(pairs):
             if len(pair) != 2 or any(tensor.dim() != 4 for tensor in pair):
-                raise ValueError(f"layer {layer} of past_key_values is not a (key, value) of [tokens, batch, heads, head_dim]")
+                raise ValueError(
+                    f"layer {layer} of past_key_values is not a (key, value) of [tokens, batch, heads, head_dim]"
+                )
             key, value = (tensor.permute(1, 2, 0, 3) for tensor in pair)  # [batch, heads, tokens, head_dim]
             cache.update(key, value, layer)
         return cache

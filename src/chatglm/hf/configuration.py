@@ -38,7 +38,7 @@ OWN_KEYS = ("rotary_base", "answer_positions", "norm_order", "residual_scale", "
 """Switches of other members of the family, kept where a config has them."""
 
 
-class ChatGLMConfig(PretrainedConfig):  # type: ignore[misc]
+class ChatGLMConfig(PretrainedConfig):
     """Sizes and switches of a ChatGLM-6B checkpoint under the original's names.
 
     The defaults are the original class's, which are those of the first release: 150,528 rows and ids above 150,000.
@@ -94,24 +94,19 @@ class ChatGLMConfig(PretrainedConfig):  # type: ignore[misc]
         self.quantization_embeddings = quantization_embeddings
         self.pre_seq_len = pre_seq_len
         self.prefix_projection = prefix_projection
-        self._set_ids(bos_token_id, eos_token_id, pad_token_id, tie_word_embeddings)
-        super().__init__(
-            bos_token_id=bos_token_id,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            tie_word_embeddings=tie_word_embeddings,
-            **kwargs,
-        )
-        # Not every version of transformers keeps these in the base class.
-        self._set_ids(bos_token_id, eos_token_id, pad_token_id, tie_word_embeddings)
+        shared: dict[str, Any] = {
+            "bos_token_id": bos_token_id,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+            "tie_word_embeddings": tie_word_embeddings,
+        }
+        super().__init__(**shared, **kwargs)
+        for key, value in shared.items():  # not every version of transformers keeps them in the base class
+            setattr(self, key, value)
         description = from_original({**extra, **self._arithmetic()})
         self.mask_token_id = description.mask_token_id
         self.gmask_token_id = description.gmask_token_id
         self.pad_token_id = description.pad_token_id
-
-    def _set_ids(self, bos: int, eos: int, pad: int | None, tied: bool) -> None:
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = bos, eos, pad
-        self.tie_word_embeddings = tied
 
     def _arithmetic(self) -> dict[str, Any]:
         """The keys that describe the network, without those that are not set."""
@@ -129,7 +124,7 @@ class ChatGLMConfig(PretrainedConfig):  # type: ignore[misc]
 
 
 _BASE_ATTRIBUTES: set[str] = set()
-_LOADING_KEYS = ("attn_implementation", "experts_implementation", "name_or_path", "torch_dtype", "dtype", "trust_remote_code")
+_LOADING_KEYS = ("attn_implementation", "experts_implementation", "name_or_path", "torch_dtype", "dtype")
 
 
 def _base_attributes() -> set[str]:

@@ -1,7 +1,7 @@
 """`chat` and `stream_chat` under the original's signatures.
 
-The question and history are encoded by the package's own tokenizer, so nothing in them becomes a special id; the answer is
-decoded by the compatible one, as the original did. Source: spec/chatglm-6b.md §5.7, §5.8, §7.1.
+The question and history are encoded by the package's own tokenizer, so nothing in them becomes a special id; the answer
+is decoded by the compatible one, as the original did. Source: spec/chatglm-6b.md §5.7, §5.8, §7.1.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TOP_K = 50
 _REPLACEMENT = "\ufffd"
 
 
-class OnlyPieces(LogitsProcessor):  # type: ignore[misc]
+class OnlyPieces(LogitsProcessor):
     """Bars the embedding rows that belong to no piece of the tokenizer."""
 
     def __init__(self, first: int, beyond: int) -> None:

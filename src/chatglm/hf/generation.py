@@ -28,7 +28,9 @@ from .stepwise import stepwise
 
 logger = logging.get_logger("transformers.chatglm")
 
-CACHE_KEY = "cache" if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters else "past_key_values"
+_PREPARING = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+
+CACHE_KEY = "cache" if "cache" in _PREPARING else "past_key_values"
 """What this version of transformers calls the KV cache."""
 
 
@@ -51,7 +53,7 @@ class ScoreGuard:
         self._ended: set[int] = set()
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """logits [batch, tokens, vocab], checked at the last token."""
+        """Scores [batch, tokens, vocab], checked at the last token."""
         is_bad = ~torch.isfinite(logits[:, -1]).all(dim=-1)
         if not bool(is_bad.any()):
             return logits
@@ -61,7 +63,8 @@ class ScoreGuard:
         message = f"the scores of sequence {', '.join(map(str, new or rows))} are not finite (NaN or infinity)"
         if self._has_beams or len(self._ended) == len(logits):
             raise ChatGLMError(
-                message, cure="use float32 or bfloat16 instead of float16; `chatglm verify --deep` finds damaged weights"
+                message,
+                cure="use float32 or bfloat16 instead of float16; `chatglm verify --deep` finds damaged weights",
             )
         if new:
             logger.error(f"{message}; it ends here, the others go on")
@@ -74,10 +77,10 @@ class Generation(_Mixin):
     """Mixed into the language model before GenerationMixin; the model has `transformer.description`."""
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`: greedy, sampling, beams, batches; returns ids [batch, tokens], the context first.
+        """Greedy, sampling, beams, batches, as in transformers; returns ids [batch, tokens], the context first.
 
         inputs          (or input_ids) int64 [batch, tokens]: contexts that hold a mask token and `<sop>`, padded left
-        attention_mask  as for `forward`, or None: then one row has no padding, and `<pad>` before the rows of a batch is
+        attention_mask  as for `forward`, or None: a single row has no padding, rows of a batch all `<pad>` in front
         position_ids    as for `forward`, or None
         A `max_length` that the context reaches already gives one token, as in the original.
         Raises ValueError for ids without a context, ChatGLMError for scores that are not finite.
@@ -92,7 +95,7 @@ class Generation(_Mixin):
         _allow_one_token(kwargs, args, ids.shape[1])
         settings = kwargs.get("generation_config") or self.generation_config
         beams = kwargs.get("num_beams") or settings.num_beams or 1
-        self._score_guard = ScoreGuard(config.eos_token_id, has_beams=beams > 1)
+        self._score_guard: ScoreGuard | None = ScoreGuard(config.eos_token_id, has_beams=beams > 1)
         try:
             return super().generate(ids, *args, **kwargs)
         finally:
@@ -122,7 +125,7 @@ class Generation(_Mixin):
             found = _context(input_ids, attention_mask, None, config)
             context_lengths, mask_places = found["context_lengths"], found["mask_places"]
             is_gmask, padding, context_blocked = found["is_gmask"], found["padding"], found["context_blocked"]
-        assert mask_places is not None and is_gmask is not None and padding is not None
+        assert context_lengths is not None and mask_places is not None and is_gmask is not None and padding is not None
         layout = Layout(context_lengths, mask_places, is_gmask, padding)
         past = cache if cache is not None else past_key_values
         held = held_tokens(past)
@@ -189,7 +192,7 @@ class Generation(_Mixin):
         prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
         **kwargs: Any,
     ) -> Iterator[Tensor]:
-        """`generate` step by step: yields all ids so far, int64 [batch, tokens], after every token, the last one included.
+        """`generate` step by step: yields all ids so far, int64 [batch, tokens], after every token, also the last.
 
         The ids are those of `generate` with the same arguments and seed. No beams. Closing the iterator ends it.
         """
@@ -211,7 +214,9 @@ class Generation(_Mixin):
             yield ids
 
 
-def _context(ids: Tensor, mask: Tensor | None, positions: Tensor | None, config: ModelConfig) -> dict[str, Tensor | None]:
+def _context(
+    ids: Tensor, mask: Tensor | None, positions: Tensor | None, config: ModelConfig
+) -> dict[str, Tensor | None]:
     """Where the contexts of a batch end, as arguments that transformers passes on and repeats for beams.
 
     context_blocked    bool [batch, 1, tokens, tokens] where a mask was given or rows are padded
@@ -237,10 +242,8 @@ def _context(ids: Tensor, mask: Tensor | None, positions: Tensor | None, config:
     }
 
 
-def _step_positions(
-    layout: Layout, given: Tensor | None, start: int, total: int, config: ModelConfig
-) -> Tensor:
-    """Positions of tokens start … total - 1. Given ones go on at their last position, the block position counting up."""
+def _step_positions(layout: Layout, given: Tensor | None, start: int, total: int, config: ModelConfig) -> Tensor:
+    """Positions of tokens start … total - 1. Given ones stay at their last position while the block position counts."""
     if given is None or config.position_encoding != "rotary_2d":
         return generation_positions(layout, total, config, start=start)
     new = torch.arange(1, total - given.shape[-1] + 1, device=given.device)

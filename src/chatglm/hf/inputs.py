@@ -1,8 +1,8 @@
 """What a caller of the transformers classes may give, as the mask and positions the network takes.
 
 The original takes a bool mask [batch, 1, query, key] with True = blocked and 2-D positions [batch, 2, tokens];
-transformers' own tools give a mask [batch, tokens] with 1 = real token. What is missing is found by searching the ids, as
-in the original; `chat` and `generate` search only once, in the context. Source: spec/chatglm-6b.md §3.7, §4.
+transformers' own tools give a mask [batch, tokens] with 1 = real token. What is missing is found by searching the ids,
+as in the original; `chat` and `generate` search only once, in the context. Source: spec/chatglm-6b.md §3.7, §4.
 """
 
 from __future__ import annotations
@@ -26,10 +26,7 @@ class NetworkInputs:
 
 def left_padding(mask: Tensor) -> Tensor:
     """Filler tokens before each row, int64 [batch], from either form of mask."""
-    if mask.dim() == 2:
-        is_padding = mask == 0  # [batch, tokens]
-    else:
-        is_padding = blocked_mask(mask)[:, 0].all(dim=1)  # a column that no row may see
+    is_padding = mask == 0 if mask.dim() == 2 else blocked_mask(mask)[:, 0].all(dim=1)  # columns that no row may see
     return is_padding.long().cumprod(dim=1).sum(dim=1)
 
 
@@ -42,7 +39,9 @@ def blocked_mask(mask: Tensor) -> Tensor:
     if mask.dim() == 3:
         mask = mask[:, None]
     if mask.dim() != 4:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; give [batch, 1, query, key] or [batch, tokens]")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; give [batch, 1, query, key] or [batch, tokens]"
+        )
     if mask.is_floating_point():
         return mask < 0
     if mask.dtype != torch.bool:
@@ -62,7 +61,9 @@ def first_pass(
         assert mask is not None
         return NetworkInputs(given, blocked_mask(mask))
     if ids is None:
-        raise ValueError("inputs_embeds needs position_ids and a [batch, 1, query, key] attention_mask beside it, or input_ids")
+        raise ValueError(
+            "inputs_embeds needs position_ids and a [batch, 1, query, key] attention_mask beside it, or input_ids"
+        )
     layout = find_layout(ids, config, None if mask is None else left_padding(mask))
     found = positions(layout, tokens, config) if given is None else given
     if is_full:
@@ -72,7 +73,7 @@ def first_pass(
 
 
 def padded_blocked(layout: Layout, tokens: int, mask: Tensor | None) -> Tensor:
-    """The prefix-LM mask, bool [batch, 1, tokens, tokens], without the tokens that a 1/0 mask [batch, tokens] takes out."""
+    """The prefix-LM mask, bool [batch, 1, tokens, tokens]; what a 1/0 mask [batch, tokens] takes out is blocked too."""
     blocked = prefix_blocked(layout, tokens)
     if mask is None:
         return blocked
@@ -81,15 +82,15 @@ def padded_blocked(layout: Layout, tokens: int, mask: Tensor | None) -> Tensor:
     return blocked | (mask == 0)[:, None, None, :]
 
 
-def later_pass(
-    mask: Tensor | None, given: Tensor | None, queries: int, held: int, prefix: int
-) -> NetworkInputs:
+def later_pass(mask: Tensor | None, given: Tensor | None, queries: int, held: int, prefix: int) -> NetworkInputs:
     """Mask and positions for `queries` tokens over a cache that holds `held`, a P-tuning prefix of `prefix` counted.
 
     Without a mask nothing is blocked, as in the original; a mask may count the prefix or leave it out.
     """
     if given is None:
-        raise ValueError("position_ids must be given beside past_key_values: new tokens alone do not tell where they stand")
+        raise ValueError(
+            "position_ids must be given beside past_key_values: new tokens alone do not tell where they stand"
+        )
     if mask is None:
         return NetworkInputs(given, None)
     key = held + queries
@@ -104,5 +105,7 @@ def later_pass(
     if blocked.shape[-1] == key - prefix:
         blocked = torch.nn.functional.pad(blocked, (prefix, 0), value=False)
     if blocked.shape[-1] not in (1, key):
-        raise ValueError(f"attention_mask covers {mask.shape[-1]} tokens; {held} in the cache and {queries} new make {key}")
+        raise ValueError(
+            f"attention_mask covers {mask.shape[-1]} tokens; {held} in the cache and {queries} new make {key}"
+        )
     return NetworkInputs(given, blocked)

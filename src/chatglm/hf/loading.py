@@ -75,6 +75,6 @@ def report_new_prefix(model: Any) -> None:
     parts = [model, getattr(model, "transformer", None)]
     if any(getattr(part, "has_new_prefix", False) for part in parts):
         logger.warning(
-            f"a new P-tuning prefix of {model.config.pre_seq_len} tokens was started (the checkpoint holds none): train it, "
-            "or load a trained one into model.transformer.prefix_encoder, before asking the model anything"
+            f"a new P-tuning prefix of {model.config.pre_seq_len} tokens was started (the checkpoint holds none): "
+            "train it, or load a trained one into model.transformer.prefix_encoder, before asking the model anything"
         )

@@ -7,7 +7,7 @@ arithmetic is `chatglm.model`'s; loading and saving are transformers'.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
+from ..config import ModelConfig
 from ..model.attention import Attend, attention_weights, plain_attention, sdpa_attention
 from ..model.glm import GLM, Network
 from ..model.linear import Linear
@@ -32,8 +33,8 @@ IGNORED_LABEL = -100
 
 
 @dataclass
-class ChatGLMModelOutput(ModelOutput):  # type: ignore[misc]
-    """last_hidden_state [tokens, batch, hidden]; hidden_states: layers + 1 of the same; attentions [batch * heads, query, key]."""
+class ChatGLMModelOutput(ModelOutput):
+    """last_hidden_state [tokens, batch, hidden], also `hidden_states`; attentions [batch * heads, query, key]."""
 
     last_hidden_state: Tensor | None = None
     cache: Any = None
@@ -46,7 +47,7 @@ class ChatGLMModelOutput(ModelOutput):  # type: ignore[misc]
 
 
 @dataclass
-class ChatGLMOutput(ModelOutput):  # type: ignore[misc]
+class ChatGLMOutput(ModelOutput):
     """loss (scalar), logits [batch, tokens, vocab]; the rest as in ChatGLMModelOutput."""
 
     loss: Tensor | None = None
@@ -60,7 +61,7 @@ class ChatGLMOutput(ModelOutput):  # type: ignore[misc]
         return self.cache
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class ChatGLMPreTrainedModel(PreTrainedModel):
     """What both classes tell transformers about themselves."""
 
     config_class = ChatGLMConfig
@@ -79,8 +80,8 @@ class ChatGLMPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with two differences: a local folder is verified before memory is spent, and without a dtype
-        the checkpoint's own is used in every version of transformers.
+        """As in transformers, but a local folder is verified before memory is spent, and without a dtype the
+        checkpoint's own is used in every version.
         """
         verify_before_loading(pretrained_model_name_or_path, kwargs)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
@@ -216,7 +217,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, Network):
         return fused_attention if is_fused else plain_attention
 
 
-class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTrainedModel, GenerationMixin):
     """The language model under the original's name, with `chat`, `stream_chat`, `generate` and `quantize`."""
 
     _tied_weights_keys = TIED_WEIGHTS
@@ -236,16 +237,27 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
         self.post_init()
         self.freeze_base()
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: safetensors under the original's names, config.json without links to code."""
+        result = super().save_pretrained(save_directory, *args, **kwargs)
+        if isinstance(self.transformer.word_embeddings, RowQuantizedEmbedding):
+            # transformers before 5 takes the dtype from the first parameter, here a norm that stays fp32.
+            setattr(self.config, DTYPE_KEY, self.dtype)
+            self.config.save_pretrained(save_directory)
+        return result
+
     # Embedding and head
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
+        table: nn.Module = self.transformer.word_embeddings
+        return table
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.transformer.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        head: nn.Module = self.lm_head
+        return head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.lm_head = new_embeddings
@@ -262,7 +274,7 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
             head.tie(table)
         else:
             head.weight = table.weight
-            head.out_features = table.num_embeddings  # type: ignore[assignment]
+            head.out_features = table.num_embeddings
         if missing_keys is not None:
             missing_keys -= {"lm_head.weight", "lm_head.weight_scale"}
 
@@ -347,10 +359,10 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
         return self
 
     def _swap(self, bits: int, embeddings: bool) -> None:
-        plain = self.transformer.description
+        plain: ModelConfig = self.transformer.description
         view = GLM.__new__(GLM)  # the same modules under the package's own class, which `swap_linears` works on
         nn.Module.__init__(view)
-        view.config, view.transformer, view.lm_head = plain, self.transformer, self.lm_head  # type: ignore[assignment]
+        view.config, view.transformer, view.lm_head = plain, self.transformer, cast(Linear, self.lm_head)
         swap_linears(view, bits, embeddings)
         self.transformer.config = self.config
         self.lm_head = view.lm_head

@@ -1,8 +1,8 @@
 """Makes transformers' Auto classes open ChatGLM-6B checkpoints with the classes of this package.
 
-`trust_remote_code=True`, as the model card prints it, asks transformers to run the Python files of the checkpoint instead;
-whether classes registered here come first depends on its version. So where it would fetch one of the original's classes
-from such a file, it is given ours: no file of the checkpoint is read as code.
+`trust_remote_code=True`, as the model card prints it, asks transformers to run the Python files of the checkpoint
+instead; whether classes registered here come first depends on its version. So where it would fetch one of the
+original's classes from such a file, it is given ours: no file of the checkpoint is read as code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`generate` as an iterator: transformers pushes tokens into a streamer, and a caller wants to pull them.
 
-The loop runs in a thread, but never beside the caller: each step waits until the caller asks for it. So random numbers are
-drawn in the same order as by `generate`, and an iterator that is closed ends the loop at its next token.
+The loop runs in a thread, but never beside the caller: each step waits until the caller asks for it. So random numbers
+are drawn in the same order as by `generate`, and an iterator that is closed ends the loop at its next token.
 """
 
 from __future__ import annotations

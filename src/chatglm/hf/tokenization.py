@@ -1,9 +1,9 @@
 """ChatGLMTokenizer: the original's tokenizer for transformers, on the package's own.
 
-`tokenizer(text)`, `encode` and `decode` follow v1.1.0 case by case: strings such as `<sop>` or `[MASK]` in a text become their
-special ids, and decoding tidies blanks before punctuation. `tokenizer.native` is the package's Tokenizer, which does
-neither; `model.chat` uses that one. What the base class does differs from version to version of transformers, so the
-methods that decide ids and text are all here. Source: spec/chatglm-6b.md §5.
+`tokenizer(text)`, `encode` and `decode` follow v1.1.0 case by case: strings such as `<sop>` or `[MASK]` in a text
+become their special ids, and decoding tidies blanks before punctuation. `tokenizer.native` is the package's
+Tokenizer, which does neither; `model.chat` uses that one. What the base class does differs from version to version of
+transformers, so the methods that decide ids and text are all here. Source: spec/chatglm-6b.md §5.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NOT_CODE = ("auto_map", "trust_remote_code")
 """Keys of tokenizer_config.json that point to Python files; never kept."""
 
 
-class ChatGLMTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
+class ChatGLMTokenizer(PreTrainedTokenizer):
     """Text ↔ ids as ChatGLM-6B v1.1.0 has it; every era's `ice_text.model`.
 
     vocab_file         the SentencePiece file
@@ -174,8 +174,8 @@ class ChatGLMTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     ) -> list[int]:
         """`A [gMASK] <sop>`, or `A [gMASK] <sop> B <eop>` for a pair.
 
-        A tokenizer whose eos is `</s>` (before 2023-04-11) adds `[gMASK]` only to a text without a mask, and `</s>` behind
-        a text that does not end in one, as that release did.
+        A tokenizer whose eos is `</s>` (before 2023-04-11) adds `[gMASK]` only to a text without a mask, and `</s>`
+        behind a text that does not end in one, as that release did.
         """
         native = self.native
         ids = list(token_ids_0)
@@ -231,7 +231,9 @@ class ChatGLMTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
             if index not in skipped
         ]
         text = self.convert_tokens_to_string(tokens) if tokens else ""
-        tidy = self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        tidy = (
+            self.clean_up_tokenization_spaces if clean_up_tokenization_spaces is None else clean_up_tokenization_spaces
+        )
         return tidy_blanks(text) if tidy else text
 
     # Batches
