@@ -58,5 +58,5 @@ $(FOR_CHAT): $(INSTALL_INPUTS)
 	@touch $@
 
 $(FOR_TEST): $(INSTALL_INPUTS)
-	@$(INSTALL) --extras chat,cpu,hf --groups dev
+	@$(INSTALL) --extras chat,cpu,hf,serve --groups dev
 	@touch $@ $(FOR_CHAT)

@@ -24,6 +24,7 @@ from .streams import prepare_streams
 COMMANDS: dict[str, str] = {
     "chat": "Talk with a model (the embedded one, if none is named).",
     "generate": "Answer a file of prompts; resumes where it was interrupted.",
+    "serve": "Put a model behind OpenAI's API, for many users at once.",
     "pull": "Download a checkpoint from the hub; resumes where it was interrupted.",
     "info": "What a checkpoint is and how much memory it needs, without loading it.",
     "verify": "Check every file of a checkpoint before it is used.",

@@ -1,0 +1,89 @@
+"""`chatglm serve`: the model behind OpenAI's API."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..errors import MissingExtraError, RequestError
+from .options import CommonOptions, PlacementOptions, Source
+from .progress import ProgressBar
+from .serve_options import LimitOptions, ListenOptions
+from .source_folder import source_folder
+from .streams import Terminal
+
+if TYPE_CHECKING:
+    from ..engine.loading import LoadedModel
+
+
+def serve(
+    source: Source = None,
+    *,
+    listen: ListenOptions,
+    limits: LimitOptions,
+    served_model_name: Annotated[
+        str, typer.Option("--served-model-name", help="What requests call it", envvar="CHATGLM_SERVED_MODEL_NAME")
+    ] = "chatglm",
+    legacy_api: Annotated[
+        bool, typer.Option("--legacy-api", help="Also the original's POST /", envvar="CHATGLM_LEGACY_API")
+    ] = False,
+    log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON", envvar="CHATGLM_LOG_JSON")] = False,
+    metrics_prefix: Annotated[
+        str, typer.Option("--metrics-prefix", help="chatglm, or vllm for dashboards made for it")
+    ] = "chatglm",
+    enable_faults: Annotated[bool, typer.Option("--enable-faults", hidden=True)] = False,
+    placement: PlacementOptions,
+    common: CommonOptions,
+) -> None:
+    """Serve a model over HTTP, many users at once: chat, completions, embeddings, metrics.
+
+    It listens on this machine only; for other hosts set a key. SIGTERM lets running answers finish and exits with 0.
+
+    Try: chatglm serve --port 8000
+    """
+    for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra="serve", purpose="`chatglm serve`")
+    if placement.devices > 1:
+        raise typer.BadParameter("serve runs on one device; start one server for each", param_hint="--devices")
+    try:
+        settings = listen.settings(
+            limits,
+            served_model_name=served_model_name,
+            legacy_api=legacy_api,
+            log_json=log_json,
+            metrics_prefix=metrics_prefix,
+            enable_faults=enable_faults,
+        )
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from error
+    terminal = common.terminal()
+    from ..server.running import bind, run_server
+
+    with bind(settings.host, settings.port) as listener:
+        from ..server.backend import Backend
+        from ..server.logs import RequestLog
+
+        loaded = load_weights(source, placement, terminal)
+        status = run_server(Backend(loaded, settings), listener, RequestLog(as_json=settings.log_json))
+    if status:
+        raise typer.Exit(status)
+
+
+def load_weights(source: str | None, placement: PlacementOptions, terminal: Terminal) -> LoadedModel:
+    """The model without a cache, which the serving engine makes. Raises a ChatGLMError."""
+    folder = source_folder(source, placement.revision)
+    from ..checkpoint import check
+
+    check(folder)
+    import torch
+
+    from ..engine.loading import load_model
+    from ..engine.placement import physical_cores
+
+    cores = physical_cores()
+    torch.set_num_threads(placement.threads or (cores - 1 if cores > 2 else cores))  # one for the HTTP loop
+    with ProgressBar(terminal) as progress:
+        return load_model(folder, placement.dtype, placement.device, progress=progress)

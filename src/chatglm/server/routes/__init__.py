@@ -1,0 +1,1 @@
+"""One file a route. Each has a `router` and takes the backend from the application's state."""

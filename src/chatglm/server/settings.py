@@ -1,0 +1,132 @@
+"""ServerSettings: everything an operator can say, checked once. No web library here."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import RequestError
+
+_RATE = re.compile(r"(\d+)\s*/\s*(second|minute|hour|day)s?\Z")
+_PERIODS = {"second": 1, "minute": 60, "hour": 3600, "day": 86400}
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So many in so many seconds."""
+
+    count: int
+    period_s: int
+
+    @classmethod
+    def parse(cls, text: str, option: str) -> Rate:
+        """From `60/minute`. Raises RequestError naming the option."""
+        found = _RATE.match(text.strip())
+        if not found or not int(found[1]):
+            raise RequestError(f"{option} is {text!r}; it must be like 60/minute (second, minute, hour or day)")
+        return cls(int(found[1]), _PERIODS[found[2]])
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Times in seconds, sizes in bytes. Raises RequestError for what cannot be or should not be.
+
+    api_keys         key → name; empty: everybody may come in
+    allow_no_key     bind to other than loopback without a key
+    trusted_proxies  addresses whose X-Forwarded-For is believed
+    faults           JSON of faults to inject; refused unless enable_faults (tests)
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: dict[str, str] = field(default_factory=dict, repr=False)
+    allow_no_key: bool = False
+    rate_limit: Rate | None = None
+    token_limit: Rate | None = None
+    max_body: int = 1 << 20
+    max_running: int = 64
+    max_waiting: int = 256
+    queue_timeout_s: float = 60.0
+    request_timeout_s: float = 600.0
+    read_timeout_s: float = 20.0
+    drain_timeout_s: float = 30.0
+    kv_memory: int | None = None
+    context_cache_s: float = 60.0
+    cors_origins: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
+    legacy_api: bool = False
+    log_json: bool = False
+    log_prompts: bool = False
+    served_model_name: str = "chatglm"
+    metrics_prefix: str = "chatglm"
+    faults: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.is_loopback and not self.api_keys and not self.allow_no_key:
+            raise RequestError(
+                f"--host {self.host} opens the server to other machines, and no API key is set",
+                cure="give --api-key-file FILE, or --allow-no-key if everybody who reaches it may use it",
+            )
+        for name, low in (("max_body", 1024), ("max_running", 1), ("max_waiting", 1)):
+            if getattr(self, name) < low:
+                raise RequestError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
+        if not 0 <= self.port <= 65535:
+            raise RequestError(f"--port is {self.port}; it must be from 0 (any free one) to 65535")
+        for origin in self.cors_origins:
+            if not re.fullmatch(r"https?://[^/*\s]+", origin):
+                raise RequestError(f"--cors-origin is {origin!r}; it must be an exact origin like https://example.org")
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_keys(given: list[str], file: str | None) -> dict[str, str]:
+    """Keys with their names from the command line and from a file with one `name:key` (or key) a line.
+
+    Raises RequestError naming the file and line; a message never shows a key.
+    """
+    lines = [(f"--api-key {number}", text) for number, text in enumerate(given, 1)]
+    if file is not None:
+        try:
+            text = Path(file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise RequestError(f"{file}: the API keys cannot be read ({reason})") from error
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip() and not line.lstrip().startswith("#"):
+                lines.append((f"{file}, line {number}", line.strip()))
+        if not lines:
+            raise RequestError(f"{file} holds no API key", cure="write one `name:key` a line")
+    keys: dict[str, str] = {}
+    for number, (place, line) in enumerate(lines, 1):
+        name, colon, key = line.partition(":")
+        name, key = (name.strip(), key.strip()) if colon else (f"key-{number}", line)
+        if not 8 <= len(key) <= 512 or not key.isascii() or not key.isprintable() or " " in key:
+            raise RequestError(f"{place}: an API key must be 8 to 512 printable ASCII characters without blanks")
+        if key in keys:
+            raise RequestError(f"{place}: this key was given before")
+        keys[key] = name
+    return keys
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes from `1048576`, `512MiB`, `2GB`. Raises RequestError naming the option."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if not found:
+        raise RequestError(f"{option} is {text!r}; it must be a size like 512MiB or 2GB")
+    unit = 1024 if found[3] else 1000
+    power = " KMGT".index(found[2].upper() or " ")
+    return int(float(found[1]) * unit**power)
