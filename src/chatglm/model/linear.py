@@ -70,7 +70,7 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """As in Linear."""
         if not self.weight.is_meta:
-            super().reset_parameters()  # type: ignore[no-untyped-call]
+            super().reset_parameters()
 
 
 class LayerNorm(nn.LayerNorm):
