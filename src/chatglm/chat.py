@@ -14,10 +14,11 @@ import torch
 from .checkpoint import check, hub, open_checkpoint
 from .config import ModelConfig
 from .engine.beam import beam_search
+from .engine.cpu_runner import cache_dtype
 from .engine.distributed import LeadingRunner, Team, cache_of, gather_team
+from .engine.graph_runner import make_runner
 from .engine.loading import LoadedModel, Progress, load_model
 from .engine.placement import check_devices, choose_device, free_memory, physical_cores
-from .engine.runner import Runner
 from .engine.sampler import Sampler
 from .engine.sampling import SamplingParams
 from .engine.scheduler import Engine
@@ -126,12 +127,13 @@ class ChatModel:
         model = loaded.model
         capacity = max_cached_tokens or default_cache_tokens(loaded)
         cache = cache_of(loaded, capacity)
-        runner = LeadingRunner(model, cache, team.group) if team else Runner(model, cache)
-        self._team = team
-        no_piece = torch.tensor(
+        rows = torch.tensor(
             [self.tokenizer.has_no_piece(row) for row in range(self.config.vocab_size)], device=model.device
         )
-        self.engine = Engine(runner, Sampler(no_piece if bool(no_piece.any()) else None, self.config.eos_token_id))
+        no_piece = rows if bool(rows.any()) else None
+        runner = LeadingRunner(model, cache, team.group) if team else make_runner(model, cache, no_piece=no_piece)
+        self._team = team
+        self.engine = Engine(runner, Sampler(no_piece, self.config.eos_token_id))
         self._lock = threading.Lock()
 
     def close(self) -> None:
@@ -294,7 +296,7 @@ def default_cache_tokens(loaded: LoadedModel) -> int:
     """Eight full-length sequences, or as many as fit into a quarter of the free memory, at least one."""
     config, device = loaded.config, loaded.model.device
     longest = config.max_sequence_length + (config.pre_seq_len or 0)
-    token_bytes = 2 * config.num_layers * config.hidden_size * loaded.model.dtype.itemsize
+    token_bytes = 2 * config.num_layers * config.hidden_size * cache_dtype(loaded.model).itemsize
     free = free_memory(device)
     fitting = CACHED_SEQUENCES if free is None else free // 4 // (longest * token_bytes)
     return longest * max(1, min(CACHED_SEQUENCES, fitting))

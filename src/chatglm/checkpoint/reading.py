@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from .huge_pages import prefer_huge_pages
 from .problem import FileError, Problem
 from .tensor_file import ITEM_BYTES, TensorEntry, broken
 
@@ -37,6 +38,8 @@ def read_tensor(entry: TensorEntry, *, must_be_finite: bool = True, count: Count
     Raises FileError naming file and tensor when the file ends too early or (must_be_finite) a value is NaN or infinite.
     """
     flat = torch.empty(entry.span, dtype=torch_dtype(entry.dtype))
+    if not flat.is_floating_point():  # codes stay where they are read to; floats may be cast to elsewhere
+        prefer_huge_pages(flat)
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.offset)
         for chunk in flat.split(CHUNK_BYTES // ITEM_BYTES[entry.dtype]):

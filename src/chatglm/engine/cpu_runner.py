@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import cpu
+from ..kernels.probe import choose_kernels
 from ..model import GLM, Attend, sdpa_attention
 from ..model.positions import generation_positions
 from .kv_cache import KVCache
@@ -40,6 +41,14 @@ def native_runner(model: GLM, cache: KVCache, attend: Attend = sdpa_attention) -
     except NoKernels as error:
         raise Unsupported(str(error)) from error
     return CpuRunner(model, cache, network, attend)
+
+
+def cache_dtype(model: GLM) -> torch.dtype:
+    """The dtype of a KV cache: fp16 on a CPU whose kernels read it beside weights as narrow, else the model's."""
+    if model.device.type != "cpu" or choose_kernels(None, model.device) != "native":
+        return model.dtype
+    weight = model.transformer.layers[0].get_submodule("attention.dense").weight
+    return model.dtype if weight.dtype in (torch.float32, torch.bfloat16) else torch.float16
 
 
 class CpuRunner(Runner):

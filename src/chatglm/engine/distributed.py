@@ -19,6 +19,7 @@ from torch.multiprocessing.spawn import spawn
 
 from ..model import GLM
 from ..parallel import ProcessGroup, join_group
+from .cpu_runner import cache_dtype
 from .kv_cache import KVCache
 from .runner import Runner
 from .sequence import Sequence
@@ -147,4 +148,7 @@ def cache_of(loaded: LoadedModel, capacity: int) -> KVCache:
     from ..parallel.sharding import local_heads
 
     model = loaded.model
-    return KVCache(loaded.config, capacity, model.dtype, model.device, num_heads=local_heads(model))
+    heads = local_heads(model)
+    is_whole = heads == loaded.config.num_heads
+    dtype = cache_dtype(model) if is_whole else model.dtype
+    return KVCache(loaded.config, capacity, dtype, model.device, num_heads=heads)

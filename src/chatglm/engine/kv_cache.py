@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checkpoint.huge_pages import prefer_huge_pages
 from ..config import ModelConfig
 from ..errors import DeviceError
 
@@ -40,8 +41,8 @@ class KVCache:
         self.num_blocks = -(-capacity // BLOCK_SIZE)
         shape = (config.num_layers, (self.num_blocks + 1) * BLOCK_SIZE, num_heads or config.num_heads, config.head_dim)
         try:
-            self.keys = torch.empty(shape, dtype=dtype, device=device)
-            self.values = torch.empty(shape, dtype=dtype, device=device)
+            self.keys = prefer_huge_pages(torch.empty(shape, dtype=dtype, device=device))
+            self.values = prefer_huge_pages(torch.empty(shape, dtype=dtype, device=device))
         except RuntimeError as error:
             size = 2 * math.prod(shape) * dtype.itemsize
             raise DeviceError(
