@@ -184,6 +184,8 @@ def from_schema(schema: dict[str, Any]) -> str:
     if len(source.encode()) > MAX_SOURCE:
         raise invalid(f"{len(source.encode()):,} bytes of schema; at most {MAX_SOURCE:,}")
     check_schema(schema)
+    if not can_end(schema, schema):
+        raise invalid("no finite value satisfies the schema (it requires itself)")
     try:
         grammar: str = llguidance.LLMatcher.grammar_from_json_schema(
             source, defaults={"whitespace_flexible": False, "item_separator": ",", "key_separator": ":"}
@@ -230,6 +232,9 @@ def check_schema(schema: object, path: str = "schema", depth: int = 0) -> None:
     for name in schema:
         if name not in KEYWORDS:
             raise invalid(f"{path} has the keyword {shown(name)}, which is not supported")
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+        raise invalid(f"{path}.required must be an array of strings")
     reference = schema.get("$ref")
     if reference is not None and not (isinstance(reference, str) and reference.startswith("#/")):
         raise invalid(f"{path}.$ref is {shown(reference)}; only #/$defs/… is (nothing is ever fetched)")
@@ -248,3 +253,28 @@ def check_schema(schema: object, path: str = "schema", depth: int = 0) -> None:
                 raise invalid(f"{path}.{name} must be an object")
             for key, part in schema[name].items():
                 check_schema(part, f"{path}.{name}.{key}"[:200], depth + 1)
+
+
+def can_end(schema: Any, root: dict[str, Any], followed: frozenset[str] = frozenset()) -> bool:
+    """Whether some finite value may satisfy the schema; a reference that needs itself has none."""
+    if not isinstance(schema, dict):
+        return True
+    reference = schema.get("$ref")
+    if reference is not None:
+        if reference in followed:
+            return False
+        target: Any = root
+        for part in str(reference)[2:].split("/"):
+            target = target.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(target, dict) else None
+        if target is None:
+            raise invalid(f"$ref {shown(reference)} points to nothing")
+        if not can_end(target, root, followed | {reference}):
+            return False
+    for name in ("anyOf", "oneOf"):
+        if name in schema and not any(can_end(part, root, followed) for part in schema[name]):
+            return False
+    properties = schema.get("properties", {})
+    needed = [*schema.get("allOf", []), *(properties.get(name) for name in schema.get("required", []))]
+    if schema.get("minItems"):
+        needed += [schema.get("items"), *schema.get("prefixItems", [])]
+    return all(can_end(part, root, followed) for part in needed)
