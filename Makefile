@@ -15,7 +15,7 @@ INSTALL_INPUTS = pyproject.toml constraints.txt scripts/install.py
 FOR_CHAT = $(VENV)/.installed-chat-$(TORCH)
 FOR_TEST = $(VENV)/.installed-test-$(TORCH)
 SOURCES = src tests examples scripts
-PINNED_ON = 2026-11-25
+PINNED_ON = 2026-11-24
 COVERED = src/chatglm/model/*,src/chatglm/tokenizer/*,src/chatglm/checkpoint/*
 
 .PHONY: help chat test lint typecheck coverage constraints clean
@@ -54,7 +54,7 @@ clean:  ## remove the environment and everything that was built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(FOR_CHAT): $(INSTALL_INPUTS)
-	@$(INSTALL) --extras chat
+	@$(INSTALL) --extras chat,cpu
 	@touch $@
 
 $(FOR_TEST): $(INSTALL_INPUTS)
