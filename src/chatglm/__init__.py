@@ -6,6 +6,7 @@ Public names are imported on first use, so `import chatglm` costs no torch.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
+        # Where torch is not loaded yet: threads of its that wait by spinning take the core from those with work to do.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
