@@ -99,6 +99,7 @@ def _streamed(answer: str, rng: random.Random | None, height: int) -> str:
     writer.console = Console(
         file=out, force_terminal=True, width=60, height=height, color_system=None, legacy_windows=False
     )
+    writer.begin()
     while answer and rng is not None:
         size = rng.randint(1, 9)
         writer.write(answer[:size])
@@ -108,9 +109,23 @@ def _streamed(answer: str, rng: random.Random | None, height: int) -> str:
     return screen(out.getvalue())
 
 
+def test_three_dots_stand_until_the_first_piece(capsys: pytest.CaptureFixture[str]) -> None:
+    writer = MarkdownWriter(Terminal(True, True, True))
+    writer.begin()
+    assert capsys.readouterr().out == "…\n"
+    writer.write("\n\n")
+    writer.write("one")
+    writer.end("q", None)
+    assert screen("…\n" + capsys.readouterr().out) == "one"
+    writer.begin()
+    writer.end("q", None)
+    assert screen(capsys.readouterr().out) == ""
+
+
 def test_a_second_answer_begins_on_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     writer = MarkdownWriter(Terminal(True, True, True))
     for text in ("one\n\ntwo", "three"):
+        writer.begin()
         writer.write(text)
         writer.end("q", None)
     assert screen(capsys.readouterr().out) == "one\n\ntwo\nthree"

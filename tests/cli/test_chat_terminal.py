@@ -46,6 +46,7 @@ def test_interrupt_stops_the_answer_keeps_the_conversation_and_then_leaves(
         chat.type("/undo" + ENTER)
         chat.wait_for("taken away: 介绍一下北京")
         chat.wait_for(PROMPT)
+        chat.wait_until_asleep()
         chat.type(CTRL_C)
         assert chat.wait_for_exit() == 0
         assert "Traceback" not in chat.screen

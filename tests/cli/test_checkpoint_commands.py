@@ -41,7 +41,7 @@ def test_info_has_the_memory_of_each_dtype_by_arithmetic(tmp_path: Path) -> None
     assert needed["fp16"]["weights"] == 2 * 6_173_286_400
     assert needed["fp32"]["weights"] == 4 * 6_173_286_400
     assert needed["fp16"]["cache"] == 2_048 * 28 * 2 * 4_096 * 2
-    assert 3.8e9 < needed["int4"]["weights"] < 4.0e9
+    assert 3.0e9 < needed["int4"]["weights"] < 4.0e9 < needed["int8"]["weights"] < 7.0e9
     assert problem is not None and "holds no weights" in str(problem)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from chatglm.cli.conversation import Conversation
 from chatglm.cli.slash_commands import ALIASES, Outcome, SlashCommands, changed_settings
@@ -167,6 +168,7 @@ def test_help_names_every_command_in_both_languages(
         assert word in shown
     assert "忘记整个对话" in shown
     assert "forget the whole conversation" in shown
+    assert max(cell_len(line) for line in shown.splitlines()) < 80
 
 
 def test_escape_sequences_in_a_loaded_question_do_not_reach_the_terminal(

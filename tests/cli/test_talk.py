@@ -39,6 +39,9 @@ class Paper:
         self.answers: list[str] = [""]
         self.replies: list[Reply | None] = []
 
+    def begin(self) -> None:
+        pass
+
     def write(self, text: str) -> None:
         self.answers[-1] += text
 

@@ -44,6 +44,7 @@ def test_first_minute(locale: str, tmp_path: Path) -> None:
         chat.type("\x03")  # stops the answer
         chat.wait_for("(stopped)" if locale == "en_US.UTF-8" else "（已停止）")
         chat.wait_for(PROMPT)
+        chat.wait_until_asleep()
         chat.type("\x03")  # leaves
         assert chat.wait_for_exit() == 0
         for unwanted in ("Traceback", "Warning", "warning:"):

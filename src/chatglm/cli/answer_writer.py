@@ -21,7 +21,11 @@ REDRAW_S = 0.06
 
 
 class AnswerWriter(Protocol):
-    """Shows one answer after the other."""
+    """Shows one answer after the other: begin, write …, end."""
+
+    def begin(self) -> None:
+        """The model has the question; its first token may take a while."""
+        ...
 
     def write(self, text: str) -> None:
         """The next piece of the answer."""
@@ -38,6 +42,9 @@ class PlainWriter:
     def __init__(self, *, for_terminal: bool = False) -> None:
         self._for_terminal = for_terminal
 
+    def begin(self) -> None:
+        pass
+
     def write(self, text: str) -> None:
         sys.stdout.write(visible(text) if self._for_terminal else text)
         sys.stdout.flush()
@@ -49,6 +56,9 @@ class PlainWriter:
 
 class JSONWriter:
     """One object a line for each answer."""
+
+    def begin(self) -> None:
+        pass
 
     def write(self, text: str) -> None:
         pass
@@ -86,9 +96,14 @@ class MarkdownWriter:
         from rich.console import Console
 
         self.console = Console(no_color=not terminal.has_colour, highlight=False)
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        self.console.file.write("…\n")
+        self.console.file.flush()
+        self._drawn_lines = 1
+
+    def _reset(self) -> None:
         self._tail = ""
         self._has_printed = False
         self._drawn_lines = 0
@@ -98,23 +113,22 @@ class MarkdownWriter:
         self._tail += visible(text)
         while place := settled_length(self._tail):
             settled, self._tail = self._tail[:place], self._tail[place:]
-            self._show(settled)
-            self._drawn_lines, self._has_printed = 0, True
-        if time.monotonic() - self._drawn_at >= REDRAW_S:
+            if settled.strip():
+                self._show(settled)
+                self._drawn_lines, self._has_printed = 0, True
+        if self._tail.strip() and time.monotonic() - self._drawn_at >= REDRAW_S:
             self._show(self._tail, max_lines=self.console.height - 1)
 
     def end(self, question: str, reply: Reply | None) -> None:
         try:
             self._show(self._tail)
         finally:
-            self._begin()
+            self._reset()
 
     def _show(self, markup: str, max_lines: int | None = None) -> None:
         """Draw a part in the place of what was drawn last, after one empty line if something stands above it."""
         from rich.segment import SegmentLines
 
-        if not markup.strip():
-            return
         lines = rendered(markup, self.console)
         if self._has_printed:
             lines.insert(0, [])

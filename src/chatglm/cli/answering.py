@@ -82,6 +82,7 @@ def answer(
     stop = StopOnInterrupt()
     with stop if can_stop else nullcontext(), silent_keyboard() if can_stop else nullcontext():
         try:
+            writer.begin()
             for delta in stream:
                 if delta.text:
                     first = time.monotonic() - begin if first is None else first

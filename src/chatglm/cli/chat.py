@@ -209,8 +209,8 @@ def path_taken(model: ChatModel) -> str:
 
 
 def stats(model: ChatModel, answered: Answered) -> str:
-    """Length and speed of an answer in one line."""
-    parts = [path_taken(model), f"first token {answered.first_token_s:.2f} s"]
+    """Path, length and speed of an answer in two lines."""
+    parts = [f"first token {answered.first_token_s:.2f} s"]
     if answered.reply is not None:
         usage = answered.reply.usage
         rest = answered.seconds - answered.first_token_s
@@ -218,7 +218,7 @@ def stats(model: ChatModel, answered: Answered) -> str:
             parts.append(f"{(usage.answer_tokens - 1) / rest:.1f} tokens/s")
         parts.append(f"context {usage.context_tokens} + answer {usage.answer_tokens} tokens")
         parts.append(f"seed {answered.reply.seed}")
-    return " · ".join(parts)
+    return f"{path_taken(model)}\n{' · '.join(parts)}"
 
 
 def leave_now(code: int) -> None:

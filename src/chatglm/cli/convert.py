@@ -97,6 +97,7 @@ def convert(
     terminal = common.terminal()
     layout = cast("Layout", format or ("original" if random else "safetensors"))
     with ProgressBar(terminal) as progress:
+        progress.say("starting PyTorch")
         if random is not None:
             from ..checkpoint import random_checkpoint
 

@@ -17,15 +17,18 @@ if TYPE_CHECKING:
 
 def load(source: str | None, placement: PlacementOptions, terminal: Terminal) -> ChatModel:
     """Load with a progress bar. Raises a ChatGLMError, for a damaged checkpoint before PyTorch is even imported."""
-    folder = None
-    if source is not None:
-        from ..checkpoint import check
-
-        folder = source_folder(source, placement.revision)
-        check(folder)
-    from ..chat import load as load_model
-
     with ProgressBar(terminal) as progress:
+        folder = None
+        if source is not None:
+            from ..checkpoint import check
+
+            progress.say(f"checking {source}")
+            folder = source_folder(source, placement.revision)
+            check(folder)
+        progress.say("starting PyTorch")
+        from ..chat import load as load_model
+
+        progress.say("loading the model")
         return load_model(
             folder,
             placement.dtype,

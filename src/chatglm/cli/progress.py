@@ -1,7 +1,8 @@
-"""One progress bar for everything that takes long: on stderr, on a terminal only, and only after a moment."""
+"""What a person sees while something takes long: a line at once, a bar after a moment. On a terminal's stderr only."""
 
 from __future__ import annotations
 
+import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -25,6 +26,20 @@ class ProgressBar:
         self._begin = time.monotonic()
         self._bar: Progress | None = None
         self._task: TaskID | None = None
+        self._has_line = False
+
+    def say(self, what: str) -> None:
+        """One line at once, in the place of the one before; gone when the bar comes or the block ends."""
+        if self._is_shown and self._bar is None:
+            sys.stderr.write(f"\r{what} …\x1b[K")
+            sys.stderr.flush()
+            self._has_line = True
+
+    def _clear_line(self) -> None:
+        if self._has_line:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._has_line = False
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -32,6 +47,7 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._clear_line()
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -40,6 +56,7 @@ class ProgressBar:
         if not self._is_shown or time.monotonic() - self._begin < PATIENCE_S:
             return
         if self._bar is None:
+            self._clear_line()
             self._bar = self._make_bar()
             self._bar.start()
         if self._task is None:

@@ -33,12 +33,13 @@ def pull(
 
     Try next: chatglm chat REPO
     """
-    from ..checkpoint import hub, verify
-
     terminal = common.terminal()
     with ProgressBar(terminal) as progress:
+        progress.say(f"asking for {repo}")
+        from ..checkpoint import hub, verify
+
         folder = hub.pull(repo, to, revision, endpoint, offline=offline, progress=progress)
-    problems = verify(folder)
+        problems = verify(folder)
     commit = hub.commit_of(folder)
     if common.json:
         facts = {"folder": str(folder), "repo": repo, "commit": commit, "problems": [str(found) for found in problems]}

@@ -34,8 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "/regen": ("重新回答最后一个问题", "answer the last question again"),
     "/save [FILE]": ("保存对话（JSON）", "keep the conversation as JSON"),
     "/load FILE": ("读回保存的对话", "bring a saved conversation back"),
-    "/set [NAME VALUE]": ("查看或改变设置，如 /set temperature 0", "show or change settings: /set temperature 0"),
-    "/stats": ("上一个回答的长度与速度", "length and speed of the last answer"),
+    "/set [NAME VALUE]": ("查看或改变设置", "show or change settings"),
+    "/stats": ("上个回答的长度与速度", "length, speed of the last answer"),
     "/exit": ("离开", "leave"),
 }
 """Usage → what it does, in Chinese and in English."""
@@ -100,9 +100,7 @@ class SlashCommands:
         for usage, (chinese, english) in COMMANDS.items():
             self._terminal.reply(f"  {usage:<18} {both(chinese, english)}")
         self._terminal.reply(f"  {'clear, stop':<18} {both('同 /clear、/exit', 'the same as /clear and /exit')}")
-        self._terminal.reply(
-            f"  {'...' + chr(92):<18} {both('行尾反斜杠：下一行继续', 'at the end: goes on in the next line')}"
-        )
+        self._terminal.reply(f"  {'...' + chr(92):<18} {both('行尾反斜杠续行', 'goes on in the next line')}")
         return Outcome()
 
     def _clear(self, _: str) -> Outcome:

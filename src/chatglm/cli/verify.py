@@ -34,6 +34,7 @@ def verify(
     terminal = common.terminal()
     folder = source_folder(source, revision)
     with ProgressBar(terminal) as progress:
+        progress.say(f"checking {folder}")
         problems = find_problems(folder, deep, progress=progress)
     if common.json:
         print(
