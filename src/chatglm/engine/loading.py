@@ -14,14 +14,18 @@ from ..model import GLM
 from ..parallel import ProcessGroup, Transform, connect, shard_model, sharded
 from ..quantization import convert_on_load, swap_as_described
 from ..tokenizer import Tokenizer
-from .placement import DTYPES, WEIGHT_FORMATS, Placement, check_room, choose_placement, normalize_dtype
+from .placement import (
+    DTYPES,
+    SMALL_MODEL_BYTES,
+    WEIGHT_FORMATS,
+    Placement,
+    check_room,
+    choose_placement,
+    normalize_dtype,
+)
 
 Progress = Callable[[int, int, str], None]
 """(bytes done, bytes in all, what) while something long runs."""
-
-SMALL_MODEL_BYTES = 1 << 30
-"""A quantised checkpoint smaller than this when expanded to fp32 is expanded: faster, and the memory does not
-matter."""
 
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import DeviceError
+from ..kernels.probe import why_not_native
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEIGHT_FORMATS = ("int8", "int4")
+
+SMALL_MODEL_BYTES = 1 << 30
+"""Below this (in fp32) a quantised checkpoint is expanded: exact, and the memory does not matter."""
 
 _ALIASES = {"float32": "fp32", "float": "fp32", "float16": "fp16", "half": "fp16", "bfloat16": "bf16"}
 
@@ -79,8 +83,9 @@ def check_room(device: torch.device, needs: Mapping[str, int], form: str) -> Non
 
 
 def choose_placement(device_name: str, dtype_name: str, fp32_bytes: int) -> Placement:
-    """Device and activation dtype. `fp32_bytes` is what the model needs in fp32 (decides on CPU between fp32 and
-    bf16).
+    """Device, and dtype of the weights that are not quantised.
+
+    fp32_bytes  what the model needs in fp32: on a CPU without native kernels a small one runs faster in it
     """
     device, dtype_name = choose_device(device_name), normalize_dtype(dtype_name)
     if dtype_name in DTYPES:
@@ -89,12 +94,9 @@ def choose_placement(device_name: str, dtype_name: str, fp32_bytes: int) -> Plac
         return Placement(device, torch.float16, "fp16 is what the weights were released in")
     if device.type == "mps":
         return Placement(device, torch.float16, "fp16 is native on MPS")
-    free = free_memory(device)
-    if free is not None and fp32_bytes * 1.1 > free:
-        return Placement(
-            device, torch.bfloat16, f"fp32 needs {fp32_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; bf16 is half"
-        )
-    return Placement(device, torch.float32, "fp32 is fast and exact on CPU, and it fits")
+    if why_not_native(device) is not None and fp32_bytes < SMALL_MODEL_BYTES:
+        return Placement(device, torch.float32, "small models run fastest so without native kernels")
+    return Placement(device, torch.float16, "the weights were released so; a CPU computes with them in fp32")
 
 
 def free_memory(device: torch.device | str = "cpu") -> int | None:
