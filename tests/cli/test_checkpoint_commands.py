@@ -11,7 +11,7 @@ import pytest
 
 from chatglm.checkpoint import open_checkpoint, verify
 from chatglm.cli.convert import random_config
-from chatglm.cli.info import gather, lines
+from chatglm.cli.info import gather, lines, released_config
 from chatglm.cli.source_folder import EMBEDDED_MODEL
 from chatglm.config import ModelConfig, read_config, to_original
 from checkpoint_folders import SMALL, golden_copy, small_safetensors
@@ -43,6 +43,24 @@ def test_info_has_the_memory_of_each_dtype_by_arithmetic(tmp_path: Path) -> None
     assert needed["fp16"]["cache"] == 2_048 * 28 * 2 * 4_096 * 2
     assert 3.0e9 < needed["int4"]["weights"] < 4.0e9 < needed["int8"]["weights"] < 7.0e9
     assert problem is not None and "holds no weights" in str(problem)
+
+
+def test_info_of_an_official_name_tells_its_memory_before_the_download(tmp_path: Path) -> None:
+    done = run("info", "THUDM/chatglm-6b", HF_HOME=str(tmp_path))
+    assert done.returncode == 0
+    for text in ("is not downloaded", "6,173,286,400", "fp16", "13.29 GB"):
+        assert text in done.stdout
+    assert "Try: chatglm pull THUDM/chatglm-6b" in done.stderr
+    other = run("info", "somebody/chatglm-7b", HF_HOME=str(tmp_path))
+    assert other.returncode == 1
+    assert "`chatglm pull somebody/chatglm-7b`" in other.stderr
+
+
+def test_official_names_have_their_descriptions() -> None:
+    assert released_config("THUDM/chatglm-6b") == ModelConfig()
+    assert released_config("zai-org/chatglm-6b-int4") == ModelConfig(quantization_bit=4)
+    assert released_config("THUDM/chatglm-6b-int4-qe") == ModelConfig(quantization_bit=4, quantization_embeddings=True)
+    assert released_config("THUDM/chatglm2-6b") is released_config("THUDM/chatglm-6b-qe") is None
 
 
 def test_info_of_a_folder_with_broken_weights_tells_both_and_fails(tmp_path: Path) -> None:

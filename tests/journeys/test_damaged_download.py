@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 
 from chatglm.checkpoint import random_checkpoint
-from chatglm.checkpoint.layout import original_names, original_shards
 from chatglm.checkpoint.releases import known_sizes, shard_name
 from chatglm.config import ModelConfig, to_original
 from checkpoint_folders import GOLDEN, SMALL
@@ -118,26 +116,6 @@ def test_pull_of_what_does_not_exist_is_one_error(tmp_path: Path, hub: Any) -> N
     assert done.returncode == 1
     assert "has no THUDM/none" in done.stderr and "cure:" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.fixture
-def full_size(tmp_path: Path) -> Path:
-    """A checkpoint of full size in the shards of the release, whose weights are holes that take no disk space."""
-    import torch
-
-    config, folder = ModelConfig(), tmp_path / "d"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(to_original(config)))
-    shutil.copy(GOLDEN.parent / "tokenizer" / "ice_text.model", folder)
-    shapes = {name: spec.shape for name, spec in original_names(config).items()}
-    shards = original_shards(config)[0]
-    where = {name: shard_name(index) for index, names in enumerate(shards) for name in names}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
-    for index, names in enumerate(shards):
-        weights = {name: torch.empty(shapes[name], dtype=torch.float16) for name in names}
-        with torch.serialization.skip_data():
-            torch.save(weights, folder / shard_name(index))
-    return folder
 
 
 PEAK = """

@@ -21,6 +21,24 @@ def test_doctor_then_info_then_a_deep_check() -> None:
     assert run("verify", "--deep", EMBEDDED_MODEL).returncode == 0
 
 
+def test_info_of_a_full_size_checkpoint(full_size: Path) -> None:
+    (full_size / "MODEL_LICENSE").write_text("terms")
+    info = run("info", full_size)
+    assert info.returncode == 0, info.stderr
+    shown = " ".join(info.stdout.split())
+    for text in (
+        "era slim",
+        "parameters 6,173,286,400",
+        "28 layers",
+        "float16",
+        "8 weight files",
+        "licence MODEL_LICENSE",
+    ):
+        assert text in shown
+    assert "sha256 5e974d9a" in shown and "the released file" in shown
+    assert "fp16 12.35 GB" in shown
+
+
 def test_a_tensor_with_nan_is_named_by_the_deep_check(tmp_path: Path) -> None:
     folder, name = golden_copy("base-fp16", tmp_path), "transformer.layers.1.mlp.dense_h_to_4h.weight"
     edit_tensors(folder / "pytorch_model.bin", lambda tensors: tensors[name][3].fill_(float("nan")))

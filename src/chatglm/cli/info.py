@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..config import ModelConfig, read_config
-from ..errors import CheckpointError, TokenizerError
+from ..errors import CheckpointError, DownloadError, TokenizerError
 from .options import CommonOptions, Revision, Source
 from .source_folder import source_folder
 from .units import human_bytes, plural
@@ -32,8 +32,14 @@ def info(source: Source = None, *, revision: Revision = None, common: CommonOpti
 
     Try next: chatglm verify MODEL
     """
-    folder = source_folder(source, revision)
-    facts, problem = gather(folder)
+    problem: CheckpointError | None = None
+    try:
+        folder = source_folder(source, revision)
+        facts, problem = gather(folder)
+    except DownloadError:
+        if source is None or (config := released_config(source)) is None:
+            raise
+        folder, facts = None, {"folder": f"{source} is not downloaded", **_of_config(config), **_of_memory(config)}
     if common.json:
         print(json.dumps({**facts, "problem": problem and str(problem)}, ensure_ascii=False, indent=2))
     else:
@@ -43,13 +49,21 @@ def info(source: Source = None, *, revision: Revision = None, common: CommonOpti
         if not common.json:
             common.terminal().complain(str(problem))
         raise typer.Exit(1)
-    common.terminal().note(f"Try: chatglm verify {folder}")
+    common.terminal().note(f"Try: chatglm pull {source}" if folder is None else f"Try: chatglm verify {folder}")
+
+
+def released_config(name: str) -> ModelConfig | None:
+    """The description of an official repository by its name, so that memory can be told before a download."""
+    found = re.fullmatch(r"(?:THUDM|zai-org)/chatglm-6b(?:-(int4|int8))?(-qe)?", name)
+    if found is None or (found[2] and not found[1]):
+        return None
+    bits = int(found[1][3:]) if found[1] else 0
+    return ModelConfig(quantization_bit=bits, quantization_embeddings=found[2] is not None)
 
 
 def gather(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
     """Facts by name, and what is wrong with the weight files when they cannot be listed."""
-    from ..checkpoint import cache_bytes, open_checkpoint, weight_bytes
-    from ..checkpoint.memory import DTYPES
+    from ..checkpoint import open_checkpoint
 
     problem: CheckpointError | None = None
     checkpoint: Checkpoint | None = None
@@ -63,14 +77,7 @@ def gather(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
     facts: dict[str, Any] = {"folder": str(folder), **_of_config(config)}
     if checkpoint is not None:
         facts |= _of_files(checkpoint)
-    facts["memory"] = [
-        {
-            "dtype": dtype,
-            "weights": weight_bytes(config, dtype),
-            "cache": cache_bytes(config, dtype, config.max_sequence_length),
-        }
-        for dtype in DTYPES
-    ]
+    facts |= _of_memory(config)
     facts["tokenizer"] = _of_tokenizer(folder)
     facts["licences"] = [
         {"file": path.name, "sha256": sha256(path)}
@@ -96,6 +103,19 @@ def _of_config(config: ModelConfig) -> dict[str, Any]:
         "quantization_embeddings": config.quantization_embeddings,
         "pre_seq_len": config.pre_seq_len,
         "prefix_projection": config.prefix_projection,
+    }
+
+
+def _of_memory(config: ModelConfig) -> dict[str, Any]:
+    from ..checkpoint import cache_bytes, weight_bytes
+    from ..checkpoint.memory import DTYPES
+
+    tokens = config.max_sequence_length
+    return {
+        "memory": [
+            {"dtype": dtype, "weights": weight_bytes(config, dtype), "cache": cache_bytes(config, dtype, tokens)}
+            for dtype in DTYPES
+        ]
     }
 
 
@@ -154,7 +174,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
         shown["tensors"] = f"{facts['tensors']}: {dtypes}"
         total = sum(file["bytes"] for file in facts["files"])
         shown["files"] = f"{plural(len(facts['files']), 'weight file')}, {human_bytes(total)}"
-    if (tokenizer := facts["tokenizer"]) is not None:
+    if (tokenizer := facts.get("tokenizer")) is not None:
         shown["tokenizer"] = f"{tokenizer['file']}, sha256 {tokenizer['sha256']}"
         if "error" in tokenizer:
             shown["  is broken"] = tokenizer["error"]
@@ -162,11 +182,11 @@ def lines(facts: dict[str, Any]) -> list[str]:
             shown["  pieces"] = f"{tokenizer['pieces']:,}" + (
                 f", the released file ({tokenizer['release']})" if tokenizer["release"] else ", no released file"
             )
-    for licence in facts["licences"]:
+    for licence in facts.get("licences", ()):
         shown[f"licence {licence['file']}"] = f"sha256 {licence['sha256']}"
-    if facts["licence_in_card"]:
+    if facts.get("licence_in_card"):
         shown["licence in README.md"] = facts["licence_in_card"]
-    elif not facts["licences"]:
+    elif not facts.get("licences", True):
         shown["licence"] = "no licence file in this folder"
     width = max(map(len, shown))
     table = [f"{name:<{width}}  {value}" for name, value in shown.items()]
