@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from chatglm.kernels.gpu import PackedWeight, from_streams, plain, to_streams
+from chatglm.kernels.gpu import FusedNorm, PackedWeight, from_streams, plain, to_streams
 from chatglm.quantization import (
     GroupQuantizedEmbedding,
     GroupQuantizedLinear,
@@ -103,15 +103,47 @@ def test_one_token_through_a_linear(kind: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("tile", [(4, 32, 4), (2, 16, 1), (8, 64, 4)])
-def test_tile_sizes_of_one_token_change_nothing(kind: str, tile: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("tile", [(4, 64, 4, 3), (2, 16, 1, 1), (8, 128, 4, 2), (4, 32, 2, 2)])
+def test_tile_sizes_and_chunks_of_one_token_change_nothing(kind: str, tile: tuple[int, int, int, int]) -> None:
     group = 32 if kind == "int8" else 64
-    weight = weight_of(kind, 10, 320, group=group)
+    weight = weight_of(kind, 21, 320, group=group)
     hidden = to_streams(random(1, 320, dtype=torch.float16, seed=1), weight.streams)
-    out, expected = poisoned(1, 1, 10), poisoned(1, 1, 10)
-    launch.linear(hidden, weight, out, tile=tile)
+    out, expected = poisoned(1, 1, 21), poisoned(1, 1, 21)
+    workspace = poisoned(21 * 20), torch.zeros(21, dtype=torch.int32, device=DEVICE)
+    launch.linear(hidden, weight, out, tile=tile, workspace=workspace)
     plain.linear(hidden, weight, expected)
     assert_near(out, expected, 1e-5)
+    assert not workspace[1].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("tiles", [1, 3])
+@pytest.mark.parametrize("kind", FORMATS[1:])
+def test_the_norm_before_and_the_residual_after_a_linear_are_fused(kind: str, tiles: int, dtype: torch.dtype) -> None:
+    weight = weight_of(kind, 40, 96)
+    streams = weight.streams
+    hidden = to_streams(3 * random(1, 96, seed=1, dtype=dtype) + 0.5, streams)
+    gain, shift = (to_streams(random(96, seed=seed, dtype=dtype), streams) for seed in (2, 3))
+    residual, bias = random(1, 40, seed=4, dtype=dtype), random(40, seed=5, dtype=dtype)
+    results = []
+    for module in (launch, plain):
+        out, kept = poisoned(1, 1, 40, dtype=dtype), poisoned(96, dtype=dtype)
+        options = {} if module is plain else {"tile": (4, 32, 2, tiles)}
+        module.linear(
+            hidden, weight, out, norm=FusedNorm(gain, shift, 1e-5, kept), bias=bias, out_streams=8,
+            residual=to_streams(residual, 4), residual_streams=4, residual_scale=7.5, **options,
+        )  # fmt: skip
+        results.append((out, kept))
+    for actual, expected in zip(*results, strict=True):
+        assert_near(actual, expected, BOUNDS[dtype])
+    assert launch.fuses(weight, 1) and not launch.fuses(weight, 2)
+
+
+def test_long_rows_and_floats_take_no_norm_along() -> None:
+    assert not launch.fuses(weight_of("float", 4, 64), 1)
+    assert not launch.fuses(weight_of("int4", 4, 8192), 1)
+    partial, tickets = launch.workspace([weight_of("int4", 6, 8192), weight_of("float", 4, 64)])
+    assert partial.shape == (12,) and not tickets.any()
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -188,9 +220,9 @@ def table_of(kind: str) -> PackedWeight:
     return packed
 
 
-@pytest.mark.parametrize("rotary_streams", [1, 2])
+@pytest.mark.parametrize(("rotary_streams", "streams"), [(1, 1), (2, 8)])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_embeddings_and_rotations_of_a_step(kind: str, rotary_streams: int) -> None:
+def test_embeddings_and_rotations_of_a_step(kind: str, rotary_streams: int, streams: int) -> None:
     table = table_of(kind)
     ids = torch.tensor([3, 0, 10], dtype=torch.int32, device=DEVICE)
     lengths = torch.tensor([9, 1500, 2], dtype=torch.int32, device=DEVICE)
@@ -200,7 +232,7 @@ def test_embeddings_and_rotations_of_a_step(kind: str, rotary_streams: int) -> N
     results = []
     for module in (launch, plain):
         made = poisoned(3, 64), poisoned(3, 6 * rotary_streams), poisoned(3, 6 * rotary_streams)
-        module.embed(ids, table, lengths, base, step, frequencies, 1, *made)
+        module.embed(ids, table, lengths, base, step, frequencies, 1, *made, streams=streams)
         results.append(made)
     for actual, expected in zip(*results, strict=True):
         assert_near(actual, expected, 1e-5)

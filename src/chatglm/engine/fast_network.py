@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..kernels.gpu import PackedWeight, to_streams
+from ..kernels.gpu import FusedNorm, PackedWeight, to_streams
 from ..model import GLM
 from ..model.block import Block
 from ..model.rotary import rotary_frequencies, rotary_table
@@ -83,6 +83,13 @@ class FastNetwork:
         self.layers = [_layer(number, block) for number, block in enumerate(model.transformer.layers)]
         self.embedding = model.transformer.word_embeddings
         self._expanded: Tensor | None = None
+        normalising = [self.head.weight, *(w for layer in self.layers for w in (layer.qkv.weight, layer.up.weight))]
+        self.is_fused = all(operations.fuses(weight, 1) for weight in normalising)
+        self.workspace = operations.workspace([self.head.weight, *(part.weight for part in self._all_linears())])
+        self.fused_norms = {
+            id(norm): tuple(to_streams(part.detach(), weight.streams).contiguous() for part in (norm.weight, norm.bias))
+            for norm, weight in self._norm_readers()
+        }
 
     @property
     def num_bytes(self) -> int:
@@ -98,6 +105,9 @@ class FastNetwork:
     def decode(self, step: StepBuffers, cache: KVCache, batch: int, *, overlap: bool = False) -> None:
         """One new token for the first `batch` rows of `step`; fp32 logits and the best tokens are left there."""
         operations = self.operations
+        is_fused = self.is_fused and batch == 1
+        first_streams = self.layers[0].qkv.weight.streams if is_fused else 1
+        embedded = step.hidden[0][:batch] if is_fused else step.embedded[:batch]
         operations.embed(
             step.ids[:batch],
             self.table,
@@ -106,17 +116,25 @@ class FastNetwork:
             step.position_step[:, :batch],
             self.frequencies,
             self.config.pre_seq_len or 0,
-            step.embedded[:batch],
+            embedded,
             step.cosines[:batch],
             step.sines[:batch],
+            streams=first_streams,
             overlap=overlap,
         )
-        rest = Rest(step.embedded[None, :batch])
-        for number, layer in enumerate(self.layers):
-            rest = self._decode_layer(number, layer, rest, step, cache, batch, overlap)
-        head_input = step.normalised[0][:batch]
-        self._norm(self.final_norm, rest, head_input, None, self.head.weight.streams, overlap)
-        operations.linear(head_input, self.head.weight, step.logits[None, :batch], overlap=overlap)
+        logits = step.logits[None, :batch]
+        if is_fused:
+            for number, layer in enumerate(self.layers):
+                self._decode_fused_layer(number, layer, step, cache, overlap)
+            norm = self._fused_norm(self.final_norm, step.normalised[0])
+            self._linear(step.hidden[0], FastLinear(self.head.weight, None), logits, norm=norm, overlap=overlap)
+        else:
+            rest = Rest(embedded[None])
+            for number, layer in enumerate(self.layers):
+                rest = self._decode_layer(number, layer, rest, step, cache, batch, overlap)
+            head_input = step.normalised[0][:batch]
+            self._norm(self.final_norm, rest, head_input, None, self.head.weight.streams, overlap)
+            self._linear(head_input, FastLinear(self.head.weight, None), logits, overlap=overlap)
         operations.best_tokens(
             step.logits[:batch],
             step.no_piece,
@@ -127,17 +145,65 @@ class FastNetwork:
             overlap=overlap,
         )
 
+    def _decode_fused_layer(
+        self, number: int, layer: FastLayer, step: StepBuffers, cache: KVCache, overlap: bool
+    ) -> None:
+        """One sequence: norms and residuals are part of the linears; step.hidden[0] in and out."""
+        first, second = (buffer[:1] for buffer in step.normalised)
+        following = self.layers[number + 1].qkv if number + 1 < len(self.layers) else self.head
+        qkv = step.wide[: layer.qkv.weight.rows].view(1, 1, -1)
+        norm = self._fused_norm(layer.input_norm, first)
+        self._linear(step.hidden[0], FastLinear(layer.qkv.weight, None), qkv, norm=norm, overlap=overlap)
+        self._attention(number, layer, qkv, step, cache, overlap)
+        post = {"residual_scale": self.residual_scale, "overlap": overlap}
+        residual = (first, 1) if self.is_normalised else (step.hidden[0], layer.qkv.weight.streams)
+        self._linear(
+            step.mixed[:1], layer.dense, step.hidden[1][None],
+            residual=residual[0], residual_streams=residual[1], out_streams=layer.up.weight.streams, **post,
+        )  # fmt: skip
+        norm = self._fused_norm(layer.post_norm, second)
+        self._linear(
+            step.hidden[1], layer.up, step.inner[None, :1],
+            norm=norm, use_gelu=True, out_streams=layer.down.weight.streams, overlap=overlap,
+        )  # fmt: skip
+        residual = (second, 1) if self.is_normalised else (step.hidden[1], layer.up.weight.streams)
+        self._linear(
+            step.inner[:1], layer.down, step.hidden[0][None],
+            residual=residual[0], residual_streams=residual[1], out_streams=following.weight.streams, **post,
+        )  # fmt: skip
+
+    def _fused_norm(self, norm: nn.LayerNorm, normalised: Tensor) -> FusedNorm:
+        weight, bias = self.fused_norms[id(norm)]
+        return FusedNorm(weight, bias, norm.eps, normalised[0])
+
+    def _linear(self, hidden: Tensor, linear: FastLinear, out: Tensor, **options: Any) -> None:
+        self.operations.linear(hidden, linear.weight, out, bias=linear.bias, workspace=self.workspace, **options)
+
     def _decode_layer(
         self, number: int, layer: FastLayer, rest: Rest, step: StepBuffers, cache: KVCache, batch: int, overlap: bool
     ) -> Rest:
-        operations, streams = self.operations, layer.qkv.weight.streams
+        streams = layer.qkv.weight.streams
         first, second = (buffer[:batch] for buffer in step.normalised)
         first_kept, second_kept = (None if self.is_normalised else buffer[:batch] for buffer in step.kept)
         self._norm(layer.input_norm, rest, first, first_kept, streams, overlap)
         qkv = self._parts(step.wide, layer.qkv, batch)
-        operations.linear(first, layer.qkv.weight, qkv, overlap=overlap)
-        pieces = operations.pieces_of(self.config.num_heads, batch)
-        operations.decode_attention(
+        self._linear(first, FastLinear(layer.qkv.weight, None), qkv, overlap=overlap)
+        self._attention(number, layer, qkv, step, cache, overlap)
+        dense = self._parts(step.narrow, layer.dense, batch)
+        self._linear(step.mixed[:batch], FastLinear(layer.dense.weight, None), dense, overlap=overlap)
+        rest = self._rest(dense, layer.dense, first, streams, first_kept)
+        self._norm(layer.post_norm, rest, second, second_kept, layer.up.weight.streams, overlap)
+        inner, inner_streams = step.inner[:batch], layer.down.weight.streams
+        self._linear(second, layer.up, inner[None], use_gelu=True, out_streams=inner_streams, overlap=overlap)
+        down = self._parts(step.narrow, layer.down, batch)
+        self._linear(inner, FastLinear(layer.down.weight, None), down, overlap=overlap)
+        return self._rest(down, layer.down, second, layer.up.weight.streams, second_kept)
+
+    def _attention(
+        self, number: int, layer: FastLayer, qkv: Tensor, step: StepBuffers, cache: KVCache, overlap: bool
+    ) -> None:
+        batch = qkv.shape[1]
+        self.operations.decode_attention(
             qkv,
             layer.qkv.bias,
             step.cosines[:batch],
@@ -150,27 +216,10 @@ class FastNetwork:
             step.mixed[:batch],
             rotary_streams=self.rotary_streams,
             per_head=self.per_head,
-            pieces=pieces,
+            pieces=self.operations.pieces_of(self.config.num_heads, batch),
             streams=layer.dense.weight.streams,
             overlap=overlap,
         )
-        dense = self._parts(step.narrow, layer.dense, batch)
-        operations.linear(step.mixed[:batch], layer.dense.weight, dense, overlap=overlap)
-        rest = self._rest(dense, layer.dense, first, streams, first_kept)
-        self._norm(layer.post_norm, rest, second, second_kept, layer.up.weight.streams, overlap)
-        inner = step.inner[:batch]
-        operations.linear(
-            second,
-            layer.up.weight,
-            inner[None],
-            bias=layer.up.bias,
-            use_gelu=True,
-            out_streams=layer.down.weight.streams,
-            overlap=overlap,
-        )
-        down = self._parts(step.narrow, layer.down, batch)
-        operations.linear(inner, layer.down.weight, down, overlap=overlap)
-        return self._rest(down, layer.down, second, layer.up.weight.streams, second_kept)
 
     def _norm(
         self, norm: nn.LayerNorm, rest: Rest, out: Tensor, kept: Tensor | None, streams: int, overlap: bool
@@ -265,6 +314,12 @@ class FastNetwork:
         else:
             torch.addmm(linear.bias.to(hidden.dtype), hidden, matrix.t(), out=out)
 
+    def _norm_readers(self) -> list[tuple[nn.LayerNorm, PackedWeight]]:
+        """Each norm, and the weight that reads what it makes."""
+        pairs = [(layer.input_norm, layer.qkv.weight) for layer in self.layers]
+        pairs += [(layer.post_norm, layer.up.weight) for layer in self.layers]
+        return [*pairs, (self.final_norm, self.head.weight)]
+
     def _all_linears(self) -> list[FastLinear]:
         return [part for layer in self.layers for part in (layer.qkv, layer.dense, layer.up, layer.down)]
 
@@ -273,7 +328,7 @@ class FastNetwork:
         logits = torch.empty(hidden.shape[0], self.head.weight.rows, dtype=torch.float32, device=self.device)
         for start in range(0, hidden.shape[0], 64):
             part = to_streams(hidden[start : start + 64], self.head.weight.streams).contiguous()
-            self.operations.linear(part, self.head.weight, logits[None, start : start + 64])
+            self._linear(part, FastLinear(self.head.weight, None), logits[None, start : start + 64])
         return logits
 
 

@@ -18,7 +18,7 @@ class StepBuffers:
     ids, lengths          [batch]: the newest token; tokens held, that one counted
     position_base, _step  [2, batch] (kernels.gpu.plain.embed)
     tables                int32 [batch, room]: slots of each sequence
-    chosen                int32 [2, batch], filled as [2, n] for n rows: best tokens, whether all scores were finite
+    chosen                int32 [2 * batch], filled as [2, n] for n rows: best tokens, whether all scores were finite
     """
 
     def __init__(self, network: FastNetwork, batch: int, room: int, no_piece: Tensor | None) -> None:
@@ -42,6 +42,7 @@ class StepBuffers:
         self.position_base, self.position_step = self.staged[2:4], self.staged[4:6]
         self.tables = new(batch, room, dtype=torch.int32)
         self.embedded = new(batch, hidden)
+        self.hidden = tuple(new(1, hidden, dtype=network.dtype) for _ in "ab")  # of one sequence, in stream order
         self.cosines, self.sines = new(batch, config.head_dim // 2), new(batch, config.head_dim // 2)
         self.normalised = tuple(new(batch, hidden, dtype=network.dtype) for _ in "ab")
         self.kept = tuple(new(0 if network.is_normalised else batch, hidden) for _ in "ab")
@@ -58,9 +59,9 @@ class StepBuffers:
             new(batch, chunks, dtype=torch.int32),
             new(batch, chunks, dtype=torch.int32),
         )
-        self.chosen = new(2, batch, dtype=torch.int32)
+        self.chosen = new(2 * batch, dtype=torch.int32)
         self.no_piece = None if no_piece is None else no_piece.to(device=device, dtype=torch.int8)
 
     def chosen_of(self, batch: int) -> Tensor:
         """The first 2 · batch numbers of `chosen` as [2, batch]."""
-        return self.chosen.flatten()[: 2 * batch].view(2, batch)
+        return self.chosen[: 2 * batch].view(2, batch)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from .packed import PackedWeight
+from .packed import FusedNorm, PackedWeight
 from .streams import from_streams, to_streams
 
-__all__ = ["PackedWeight", "from_streams", "operations", "to_streams"]
+__all__ = ["FusedNorm", "PackedWeight", "from_streams", "operations", "to_streams"]
 
 
 def operations(kind: str) -> ModuleType:

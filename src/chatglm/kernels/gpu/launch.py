@@ -16,7 +16,7 @@ from torch import Tensor
 from . import decode_attention as attention_kernels
 from . import gemv, prefill_parts, small_matmul, step_ends
 from . import norm as norm_kernels
-from .packed import PackedWeight
+from .packed import FusedNorm, PackedWeight
 
 KINDS = "triton"
 
@@ -31,27 +31,49 @@ def _options(overlap: bool, warps: int, stages: int = 3) -> dict[str, Any]:
     return options
 
 
-def gemv_tile(weight: PackedWeight) -> tuple[int, int, int]:
-    """(rows, words, warps) of a program for one token."""
+FULL_WORDS = {8: 1024, 4: 512}
+"""Words of 4,096 columns, four to a thread: one chunk of a row, whose inputs stay in registers."""
+
+PROGRAMS = {8: 256, 4: 512}
+"""About as many programs for one token as run at once: more tiles a program are better than a second wave."""
+
+MOST_TILES = 8
+
+
+def gemv_tile(weight: PackedWeight) -> tuple[int, int, int, int]:
+    """(rows, words, warps, tiles) of a program for one token."""
     words = triton.next_power_of_2(weight.columns // weight.streams)
-    group_words = 1 if weight.group == weight.columns else weight.group // weight.streams
     if weight.bits == 16:
-        return 1, min(words, 4096), 8
-    if weight.bits == 8:
-        return 4, max(min(words, 1024), group_words), 8
-    rows = 8 if words <= 512 else 4
-    return rows, max(min(words, 512), group_words), 4
+        return 1, min(words, 4096), 8, 1
+    group_words = 1 if weight.group == weight.columns else weight.group // weight.streams
+    chunk = max(min(words, FULL_WORDS[weight.bits]), group_words)
+    rows = 4
+    tiles = weight.rows * triton.cdiv(words, chunk) // (rows * PROGRAMS[weight.bits])
+    return rows, chunk, FULL_WORDS[weight.bits] // 128, max(1, min(MOST_TILES, tiles))
+
+
+def fuses(weight: PackedWeight, tokens: int) -> bool:
+    """Whether `linear` can normalise its input: one token, codes, and a row that is one chunk."""
+    if tokens > 1 or weight.bits == 16:
+        return False
+    return gemv_tile(weight)[1] * weight.streams >= weight.columns
+
+
+def workspace(weights: list[PackedWeight]) -> tuple[Tensor, Tensor]:
+    """What `linear` needs for one token where rows are several chunks, for the largest of these weights."""
+    device = weights[0].data.device
+    chunked = [w for w in weights if w.bits < 16]
+    size = max((w.rows * triton.cdiv(w.columns // w.streams, gemv_tile(w)[1]) for w in chunked), default=0)
+    rows = max((w.rows for w in chunked), default=0)
+    partial = torch.zeros(size, dtype=torch.float32, device=device)
+    return partial, torch.zeros(rows, dtype=torch.int32, device=device)
 
 
 def matmul_tile(weight: PackedWeight, tokens: int) -> tuple[int, int, int, int]:
     """(rows, words, warps, stages) of a program for a few tokens."""
     words = triton.next_power_of_2(weight.columns // weight.streams)
-    if weight.bits == 16:
-        return 64, max(16, min(words, 64)), 4, 4
-    group_words = weight.group // weight.streams
-    if weight.group == weight.columns or group_words >= 16:
-        return 128, max(16, min(words, 16 if weight.bits == 4 else 32)), 4, 4
-    return 128, max(16, min(words, 32)), 4, 3
+    stages = {16: 4, 8: 3, 4: 2}[weight.bits]
+    return 64, max(16, min(words, 64)), 4, stages
 
 
 def splits_of(weight: PackedWeight, tokens: int) -> int:
@@ -62,14 +84,14 @@ def splits_of(weight: PackedWeight, tokens: int) -> int:
     programs = triton.cdiv(weight.rows, rows)
     steps = triton.cdiv(weight.columns // weight.streams, words)
     splits = 1
-    while programs * splits < 256 and splits < 8 and steps >= 8 * splits:
+    while programs * splits < 256 and splits < 8 and steps >= 4 * splits:
         splits *= 2
     return splits
 
 
 def pieces_of(num_heads: int, batch: int) -> int:
     """In how many pieces decode_attention takes a context, so that there are programs enough."""
-    return int(min(16, triton.next_power_of_2(max(1, 2048 // (num_heads * batch)))))
+    return int(min(8, triton.next_power_of_2(max(1, 512 // (num_heads * batch)))))
 
 
 def linear(
@@ -77,9 +99,14 @@ def linear(
     weight: PackedWeight,
     out: Tensor,
     *,
+    norm: FusedNorm | None = None,
     bias: Tensor | None = None,
     use_gelu: bool = False,
+    residual: Tensor | None = None,
+    residual_streams: int = 1,
+    residual_scale: float = 1.0,
     out_streams: int = 1,
+    workspace: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
     tile: tuple[int, ...] | None = None,
 ) -> None:
@@ -88,29 +115,61 @@ def linear(
     shared = {
         "ROWS": weight.rows,
         "COLUMNS": weight.columns,
-        "BITS": weight.bits,
-        "GROUP": weight.group,
-        "ORIGINAL": weight.is_original,
         "HAS_BIAS": bias is not None,
         "GELU": use_gelu,
         "OUT_STREAMS": out_streams,
         "OVERLAP": overlap,
     }
-    scale = weight.data if weight.scale is None else weight.scale
+    quantised = {"BITS": weight.bits, "GROUP": weight.group, "ORIGINAL": int(weight.is_original)}
     added = weight.data if bias is None else bias
+    if tokens == 1 and weight.scale is not None:
+        _gemv(
+            hidden, weight, out, norm, added, residual, residual_streams, residual_scale, workspace,
+            tile or gemv_tile(weight), {**shared, **quantised},
+        )  # fmt: skip
+        return
+    assert norm is None and residual is None, "only one token through codes has a norm or a residual in it"
     if tokens == 1:
-        rows, words, warps = tile or gemv_tile(weight)
-        gemv.gemv_kernel[(triton.cdiv(weight.rows, rows),)](
-            hidden, weight.data, scale, added, out, ONE,
-            TILE_ROWS=rows, TILE_WORDS=words, **shared, **_options(overlap, warps),
+        rows, columns, warps, _ = tile or gemv_tile(weight)
+        gemv.float_gemv_kernel[(triton.cdiv(weight.rows, rows),)](
+            hidden, weight.data, added, out, TILE_ROWS=rows, TILE=columns, **shared, **_options(overlap, warps)
         )  # fmt: skip
         return
     rows, words, warps, stages = tile or matmul_tile(weight, tokens)
     splits = out.shape[0]
+    scale = weight.data if weight.scale is None else weight.scale
     small_matmul.small_matmul_kernel[(triton.cdiv(weight.rows, rows), splits)](
         hidden, weight.data, scale, added, out, tokens,
         TILE_TOKENS=max(16, triton.next_power_of_2(tokens)), TILE_ROWS=rows, TILE_WORDS=words, SPLITS=splits,
-        **shared, **_options(overlap, warps, stages),
+        **shared, **quantised, **_options(overlap, warps, stages),
+    )  # fmt: skip
+
+
+def _gemv(
+    hidden: Tensor,
+    weight: PackedWeight,
+    out: Tensor,
+    norm: FusedNorm | None,
+    bias: Tensor,
+    residual: Tensor | None,
+    residual_streams: int,
+    residual_scale: float,
+    workspace: tuple[Tensor, Tensor] | None,
+    tile: tuple[int, ...],
+    shared: dict[str, Any],
+) -> None:
+    rows, words, warps, tiles = tile
+    chunks = triton.cdiv(weight.columns // weight.streams, words)
+    assert workspace is not None or chunks == 1, "rows of several chunks need a workspace"
+    partial, tickets = workspace or (out, out)
+    gemv.gemv_kernel[(triton.cdiv(weight.rows, rows * tiles), chunks)](
+        hidden, weight.data, weight.scale, bias, out if residual is None else residual,
+        hidden if norm is None else norm.weight, hidden if norm is None else norm.bias,
+        hidden if norm is None else norm.normalised, out, partial, tickets,
+        residual_scale, 0.0 if norm is None else norm.epsilon, ONE,
+        NORM=norm is not None, HAS_RESIDUAL=residual is not None, RESIDUAL_STREAMS=residual_streams,
+        TILE_ROWS=rows, TILE_WORDS=words, TILES=tiles, CHUNKS=chunks,
+        **shared, **_options(shared["OVERLAP"], warps),
     )  # fmt: skip
 
 
@@ -153,6 +212,7 @@ def embed(
     cosines: Tensor,
     sines: Tensor,
     *,
+    streams: int = 1,
     overlap: bool = False,
 ) -> None:
     """See plain.embed."""
@@ -162,7 +222,7 @@ def embed(
         ids, table.data, scale, lengths, position_base, position_step, frequencies, out, cosines, sines,
         position_base.stride(0), prefix,
         HIDDEN=table.columns, BLOCK=triton.next_power_of_2(table.columns), BITS=table.bits, GROUP=table.group,
-        ORIGINAL=table.is_original, ROTARY_STREAMS=cosines.shape[1] // half, HALF=half,
+        ORIGINAL=int(table.is_original), ROTARY_STREAMS=cosines.shape[1] // half, HALF=half, STREAMS=streams,
         BLOCK_HALF=triton.next_power_of_2(half), OVERLAP=overlap, **_options(overlap, 8),
     )  # fmt: skip
 
@@ -184,18 +244,19 @@ def decode_attention(
     pieces: int = 1,
     streams: int = 1,
     overlap: bool = False,
-    tile: tuple[int, int] = (32, 4),
+    tile: tuple[int, int] | None = None,
 ) -> None:
     """See plain.decode_attention; `tile` is (tokens, warps) of a program's step."""
     splits, batch, _ = parts.shape
     _, num_heads, head_dim = keys.shape
     partial, tickets = workspace
+    tokens, warps = tile or ((64, 4) if batch == 1 else (16, 2))
     attention_kernels.decode_attention_kernel[(num_heads, pieces, batch)](
         parts, parts if bias is None else bias, cosines, sines, keys, values, tables, lengths, partial, tickets, out,
         batch, tables.stride(0), head_dim**-0.5,
         HEADS=num_heads, HEAD_DIM=head_dim, BLOCK_DIM=triton.next_power_of_2(head_dim), ROTARY_STREAMS=rotary_streams,
-        PER_HEAD=per_head, SPLITS=splits, HAS_BIAS=bias is not None, PIECES=pieces, TILE=tile[0], STREAMS=streams,
-        OVERLAP=overlap, **_options(overlap, tile[1]),
+        PER_HEAD=per_head, SPLITS=splits, HAS_BIAS=bias is not None, PIECES=pieces, TILE=tokens, STREAMS=streams,
+        OVERLAP=overlap, **_options(overlap, warps),
     )  # fmt: skip
 
 
@@ -262,6 +323,6 @@ def dequantize(weight: PackedWeight, out: Tensor) -> None:
     assert weight.scale is not None and out.dtype != torch.float64
     prefill_parts.dequantize_kernel[(weight.rows, triton.cdiv(weight.columns, block))](
         weight.data, weight.scale, out,
-        COLUMNS=weight.columns, BLOCK=block, BITS=weight.bits, GROUP=weight.group, ORIGINAL=weight.is_original,
+        COLUMNS=weight.columns, BLOCK=block, BITS=weight.bits, GROUP=weight.group, ORIGINAL=int(weight.is_original),
         num_warps=max(1, min(8, block // 256)),
     )  # fmt: skip

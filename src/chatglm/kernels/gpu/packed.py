@@ -11,6 +11,19 @@ from ...quantization import QuantizedEmbedding, QuantizedLinear, dequantize_grou
 
 
 @dataclass(frozen=True)
+class FusedNorm:
+    """A LayerNorm on the input of a linear: weight and bias [columns] in the order of that input.
+
+    normalised  [columns] in the usual order: receives what the norm made, for the residual
+    """
+
+    weight: Tensor
+    bias: Tensor
+    epsilon: float
+    normalised: Tensor
+
+
+@dataclass(frozen=True)
 class PackedWeight:
     """A view of a module's weight; nothing is copied.
 

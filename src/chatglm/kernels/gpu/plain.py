@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .packed import PackedWeight
+from .packed import FusedNorm, PackedWeight
 from .streams import from_streams, to_streams
 
 KINDS = "torch"
@@ -26,28 +26,51 @@ def pieces_of(num_heads: int, batch: int) -> int:
     return 1
 
 
+def fuses(weight: PackedWeight, tokens: int) -> bool:
+    """Whether `linear` can take the norm before it and the residual after it along."""
+    return tokens == 1
+
+
+def workspace(weights: list[PackedWeight]) -> tuple[Tensor, Tensor]:
+    """What `linear` needs beside its arguments; for the kernels alone."""
+    return torch.zeros(0), torch.zeros(0, dtype=torch.int32)
+
+
 def linear(
     hidden: Tensor,
     weight: PackedWeight,
     out: Tensor,
     *,
+    norm: FusedNorm | None = None,
     bias: Tensor | None = None,
     use_gelu: bool = False,
+    residual: Tensor | None = None,
+    residual_streams: int = 1,
+    residual_scale: float = 1.0,
     out_streams: int = 1,
+    workspace: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
 ) -> None:
-    """Out[0] + … + out[splits - 1] = gelu(hidden · weightᵀ + bias), summed in fp32.
+    """Out[0] + … + out[splits - 1] = gelu(norm(hidden) · weightᵀ + bias) + residual_scale · residual, summed in fp32.
 
-    hidden  [tokens, columns] in the weight's stream order
-    out     [splits, tokens, rows], any float dtype; with gelu or bias one split; in the order of `out_streams`
-    overlap may start before the kernel before it ends (no effect on the result)
+    hidden     [tokens, columns] in the weight's stream order
+    out        [splits, tokens, rows], any float dtype, in the order of `out_streams`; with anything added one split
+    norm       one token, where `fuses` says so; so too `residual` [1, rows], in the order of `residual_streams`
+    workspace  of the function `workspace`
+    overlap    may start before the kernel before it ends (no effect on the result)
     """
     plain = from_streams(hidden, weight.streams).float()
+    if norm is not None:
+        gain, shift = (from_streams(part, weight.streams).float() for part in (norm.weight, norm.bias))
+        plain = functional.layer_norm(plain, plain.shape[-1:], gain, shift, norm.epsilon)
+        norm.normalised.copy_(plain[0])
     result = plain @ weight.dense(torch.float32).T
     if bias is not None:
         result = result + bias.float()
     if use_gelu:
         result = functional.gelu(result, approximate="tanh")
+    if residual is not None:
+        result = result + residual_scale * from_streams(residual, residual_streams).float()
     out.zero_()
     out[0] = to_streams(result, out_streams).to(out.dtype)
 
@@ -97,6 +120,7 @@ def embed(
     cosines: Tensor,
     sines: Tensor,
     *,
+    streams: int = 1,
     overlap: bool = False,
 ) -> None:
     """Embeddings and rotations of one new token a sequence.
@@ -104,20 +128,21 @@ def embed(
     ids, lengths   int32 [batch]; a length counts the new token and the P-tuning `prefix`
     position_*     int32 [2, batch]: position = base + step · place, for each of the rotary streams
     frequencies    fp32 [half]
-    out            fp32 [batch, hidden]
+    out            [batch, hidden] in the order of `streams`
     cosines, sines fp32 [batch, streams * half]
     """
     batch, half = ids.shape[0], frequencies.shape[0]
     rows = ids.long()
     if table.scale is None:
-        out.copy_(table.data[rows])
+        values = table.data[rows].float()
     else:
         part = PackedWeight(
             table.data[rows], table.scale[rows], batch, table.columns, table.bits, table.group, table.is_original
         )
-        out.copy_(part.dense(torch.float32))
-    streams = cosines.shape[1] // half
-    positions = (position_base + position_step * (lengths - 1 - prefix))[:streams].T
+        values = part.dense(torch.float32)
+    out.copy_(to_streams(values, streams))
+    rotary_streams = cosines.shape[1] // half
+    positions = (position_base + position_step * (lengths - 1 - prefix))[:rotary_streams].T
     angles = positions[:, :, None].float() * frequencies  # [batch, streams, half]
     cosines.copy_(angles.cos().flatten(1))
     sines.copy_(angles.sin().flatten(1))

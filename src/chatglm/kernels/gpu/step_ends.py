@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device_parts import wait_for_earlier_kernel
+from .device_parts import stream_place, wait_for_earlier_kernel
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def embed_kernel(
     position_base,  # int32 [2, stride]: position = base + step * place in the sequence
     position_step,
     frequencies,  # fp32 [HALF]
-    out,  # fp32 [batch, HIDDEN]
+    out,  # [batch, HIDDEN] in stream order
     cosines,  # fp32 [batch, ROTARY_STREAMS * HALF]
     sines,
     position_stride,
@@ -31,6 +31,7 @@ def embed_kernel(
     ROTARY_STREAMS: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    STREAMS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
     """Embedding and rotation of one sequence's new token."""
@@ -40,13 +41,14 @@ def embed_kernel(
     column = tl.arange(0, BLOCK)
     real = column < HIDDEN
     value = embedded(table, scale, token, column, real, HIDDEN, BITS, GROUP, ORIGINAL)
-    tl.store(out + row * HIDDEN + column, value, real)
-    place = tl.load(lengths + row) - 1 - prefix
+    place = row * HIDDEN + stream_place(column, STREAMS, HIDDEN)
+    tl.store(out + place, value.to(out.dtype.element_ty), real)
+    spot = tl.load(lengths + row) - 1 - prefix
     pair = tl.arange(0, BLOCK_HALF)
     frequency = tl.load(frequencies + pair, pair < HALF, other=0)
     for stream in tl.static_range(ROTARY_STREAMS):
         rule = stream * position_stride + row
-        position = tl.load(position_base + rule) + tl.load(position_step + rule) * place
+        position = tl.load(position_base + rule) + tl.load(position_step + rule) * spot
         angle = position.to(tl.float32) * frequency
         target = (row * ROTARY_STREAMS + stream) * HALF + pair
         tl.store(cosines + target, tl.cos(angle), pair < HALF)
