@@ -103,6 +103,13 @@ def test_a_local_model_opens_no_socket(words: list[str], tmp_path: Path) -> None
     assert done.stdout.strip()
 
 
+def test_a_model_split_over_two_processes_answers_the_same() -> None:
+    split = run("chat", "--dtype", "fp32", "--devices", "2", "--device", "cpu", *SHORT, stdin="你好\n")
+    assert split.returncode == 0, split.stderr
+    assert split.stdout == run("chat", "--dtype", "fp32", *SHORT, stdin="你好\n").stdout
+    assert "ChatGLM mini" in split.stderr
+
+
 def test_loading_imports_neither_torchs_compiler_nor_the_hub() -> None:
     code = (
         "import sys; from chatglm.cli import main\n"

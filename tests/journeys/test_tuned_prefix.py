@@ -42,6 +42,19 @@ def test_tuned_prefix_is_merged_and_answers(tmp_path: Path) -> None:
     assert chat.stdout.strip("\n") or "parameters" in chat.stderr
 
 
+def test_adapter_without_a_base_or_without_a_prefix_is_one_error_with_the_command(tmp_path: Path) -> None:
+    tuned, base = checkpoint_of_2023(tmp_path), base_of(tmp_path)
+    alone = run("chat", "--adapter", tuned)
+    assert alone.returncode == 1
+    assert f"chatglm convert --ptuning {tuned} --base MODEL --out DIR" in alone.stderr
+    none = run("chat", "--adapter", base)
+    assert none.returncode == 1
+    assert "holds no tuned prefix" in none.stderr
+    both = run("chat", base, "--adapter", tuned)
+    assert both.returncode == 2
+    assert "holds its base model" in both.stderr
+
+
 def test_prefix_for_another_base_is_one_error_that_names_both_shapes(tmp_path: Path) -> None:
     tuned, other = checkpoint_of_2023(tmp_path), golden_copy("slim-full-vocab", tmp_path)
     done = run("convert", "--ptuning", tuned, "--base", other, "--out", tmp_path / "p2")

@@ -18,7 +18,7 @@ from .model_loading import BackgroundLoad, load
 from .options import CommonOptions, PlacementOptions, SamplingOptions, Source
 from .question_reader import QuestionReader, hint, open_reader
 from .slash_commands import SlashCommands
-from .source_folder import EMBEDDED_MODEL
+from .source_folder import EMBEDDED_MODEL, with_adapter
 from .streams import Terminal
 from .units import plural
 
@@ -44,16 +44,16 @@ def chat(
     terminal = common.terminal()
     conversation = Conversation(system=sampling.system, settings=sampling.settings())
     placement.check_devices()
-    source = adapter or source
-    if source is None:
+    source = with_adapter(source, adapter)
+    if source is None and placement.devices == 1:
         terminal.say(embedded_greeting(read_config(EMBEDDED_MODEL / "config.json")))
         reader = open_reader(terminal)
         waiting = BackgroundLoad(lambda: load(None, placement, Terminal(False, False, False)))
         name = "ChatGLM mini"
     else:
         model = load(source, placement, terminal)
-        name = model.loaded.folder.name or source
-        terminal.say(greeting(model, name))
+        name = model.loaded.folder.name
+        terminal.say(embedded_greeting(model.config) if source is None else greeting(model, name))
         reader = open_reader(terminal)
         waiting = BackgroundLoad.finished(model)
     if terminal.reads_keys:
@@ -63,14 +63,14 @@ def chat(
     try:
         failures = talk.run()
     except KeyboardInterrupt:
-        if not waiting.is_done:
-            leave_now(130)
-        if not terminal.reads_keys:
+        is_goodbye = terminal.reads_keys and waiting.is_done  # a Ctrl-C that no answer needs
+        if not waiting.is_done or placement.devices > 1:  # workers may wait in the middle of a step
+            leave_now(0 if is_goodbye else 130)
+        if not is_goodbye:
             raise
-        sys.stderr.write("\n")  # at a terminal a Ctrl-C that no answer needs means goodbye
+        sys.stderr.write("\n")
         failures = 0
-    finally:
-        waiting.close()
+    waiting.close()
     if not waiting.is_done:
         leave_now(0)
     if failures and not terminal.reads_keys:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -133,6 +134,7 @@ def gather_team(folder: Path, dtype: str, device: torch.device, world_size: int,
 def _work(index: int, place: Path, folder: Path, dtype: str, device_name: str, world_size: int, capacity: int) -> None:
     from .loading import load_model
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for rank 0
     rank = index + 1
     device = device_of(rank, torch.device(device_name))
     if device.type == "cpu":
