@@ -113,7 +113,7 @@ def test_question_that_is_too_long_is_refused_and_the_chat_goes_on(
 def test_stats_tell_path_and_speed(model: ChatModel, capsys: pytest.CaptureFixture[str]) -> None:
     talk(model, "你好", "/stats")
     shown = capsys.readouterr().err
-    assert f"{model.dtype} on cpu, " in shown
+    assert f"{model.dtype} on {model.device}" in shown
     assert "tokens/s" in shown
     assert "seed " in shown
 
@@ -191,4 +191,4 @@ def test_greeting_names_the_embedded_model_and_its_limits_in_both_languages() ->
 
 def test_greeting_of_another_model_has_size_and_path(model: ChatModel) -> None:
     text = greeting(model, "mine")
-    assert text.startswith(f"mine: 44,153,856 parameters, context 1,024 tokens; {model.dtype} on cpu, ")
+    assert text.startswith(f"mine: 44,153,856 parameters, context 1,024 tokens; {model.dtype} on {model.device}")
