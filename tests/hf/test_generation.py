@@ -11,6 +11,7 @@ import transformers
 from transformers import AutoModel, AutoTokenizer, GenerationConfig
 
 from chatglm.errors import ChatGLMError, QuantizationError
+from chatglm.hf.attention import fused_attention
 from golden_vectors import GOLDEN, assert_close, cases
 
 TEXTS = ["你好", "hello world, what is this?", "1+1="]
@@ -244,11 +245,9 @@ def test_a_weight_that_cannot_be_quantised_is_named() -> None:
 
 @torch.no_grad()
 def test_fused_attention_gives_the_same_scores(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> None:
-    from chatglm.hf import modeling
-
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     expected = model(**batch).logits
-    monkeypatch.setattr(model.transformer, "_attend", lambda device: modeling.fused_attention)
+    monkeypatch.setattr(model.transformer, "_attend", lambda device: fused_attention)
     found = model(**batch).logits
     assert found.isfinite().all()
     real = batch["input_ids"] != tokenizer.pad_token_id

@@ -105,3 +105,19 @@ def test_special_tokens_masks_mark_what_was_added(tokenizer: Any) -> None:
     found = tokenizer("你好", "hello", return_special_tokens_mask=True)
     assert found["special_tokens_mask"] == [0, 0, 1, 1, 0, 1]
     assert tokenizer.get_special_tokens_mask(found["input_ids"], already_has_special_tokens=True) == [0, 0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("stored", ["nothing", "no class", "no class, only code"])
+def test_a_folder_with_little_or_no_tokenizer_config_opens(stored: str, slim_folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "ice_text.model"):
+        (tmp_path / name).write_bytes((slim_folder / name).read_bytes())
+    (tmp_path / "tokenization_chatglm.py").write_text("raise SystemExit('the checkpoint ran its own code')")
+    if stored != "nothing":
+        config = json.loads((slim_folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        del config["tokenizer_class"]
+        if stored == "no class":
+            del config["auto_map"]
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    for trust in (True, None):
+        found = AutoTokenizer.from_pretrained(str(tmp_path), trust_remote_code=trust)
+        assert type(found) is chatglm.hf.ChatGLMTokenizer and found.encode("你好") == [5, 74874, 130001, 130004]

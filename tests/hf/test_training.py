@@ -13,7 +13,7 @@ import torch
 import transformers
 from transformers import AutoModel, AutoTokenizer
 
-from chatglm.hf.modeling import next_token_loss
+from chatglm.hf.outputs import next_token_loss
 from golden_vectors import GOLDEN, assert_close, cases
 
 TRAINED = cases("base-fp32", "gradients")[0].inputs

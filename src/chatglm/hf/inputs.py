@@ -62,7 +62,8 @@ def first_pass(
         return NetworkInputs(given, blocked_mask(mask))
     if ids is None:
         raise ValueError(
-            "inputs_embeds needs position_ids and a [batch, 1, query, key] attention_mask beside it, or input_ids"
+            "inputs_embeds needs position_ids and a [batch, 1, query, key] attention_mask beside it: "
+            "there are no ids to find them in"
         )
     layout = find_layout(ids, config, None if mask is None else left_padding(mask))
     found = positions(layout, tokens, config) if given is None else given

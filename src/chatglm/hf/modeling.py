@@ -6,59 +6,28 @@ arithmetic is `chatglm.model`'s; loading and saving are transformers'.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from ..config import ModelConfig
-from ..model.attention import Attend, attention_weights, plain_attention, sdpa_attention
+from ..model.attention import Attend, plain_attention
 from ..model.glm import GLM, Network
 from ..model.linear import Linear
 from ..quantization import RowQuantizedEmbedding, RowQuantizedLinear, swap_linears
+from .attention import fused_attention, recording_attention
 from .cache import CacheForNetwork, ChatGLMCache, as_cache, held_tokens
 from .configuration import ChatGLMConfig
 from .conversation import Conversation
 from .generation import Generation, ScoreGuard
 from .inputs import first_pass, later_pass
 from .loading import DTYPE_KEY, TIED_WEIGHTS, fill_new_prefix, report_new_prefix, verify_before_loading
+from .outputs import ChatGLMModelOutput, ChatGLMOutput, next_token_loss
 
 logger = logging.get_logger("transformers.chatglm")
-
-IGNORED_LABEL = -100
-
-
-@dataclass
-class ChatGLMModelOutput(ModelOutput):
-    """last_hidden_state [tokens, batch, hidden], also `hidden_states`; attentions [batch * heads, query, key]."""
-
-    last_hidden_state: Tensor | None = None
-    cache: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-    @property
-    def past_key_values(self) -> Any:
-        return self.cache
-
-
-@dataclass
-class ChatGLMOutput(ModelOutput):
-    """loss (scalar), logits [batch, tokens, vocab]; the rest as in ChatGLMModelOutput."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    cache: Any = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-    @property
-    def past_key_values(self) -> Any:
-        return self.cache
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -372,27 +341,3 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
             self.all_tied_weights_keys: dict[str, str] = {}
             self._keys_to_ignore_on_load_missing = [*self._keys_to_ignore_on_load_missing, r"^lm_head\."]
             self._keys_to_ignore_on_save = ["lm_head.weight", "lm_head.weight_scale"]
-
-
-def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy in fp32 of logits[:, i] against labels[:, i + 1]; -100 is left out."""
-    scores = logits[:, :-1].float().flatten(0, 1)
-    return functional.cross_entropy(scores, labels[:, 1:].flatten().to(scores.device), ignore_index=IGNORED_LABEL)
-
-
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
-    """PyTorch's fused attention. Padding, which may see nothing, sees everything: its value must stay a number."""
-    if blocked is not None:
-        blocked = blocked & ~blocked.all(dim=-1, keepdim=True)
-    return sdpa_attention(query, key, value, blocked)
-
-
-def recording_attention(weights: list[Tensor]) -> Attend:
-    """The plain attention, which also appends its weights [batch * heads, query, key] to a list."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor | None) -> Tensor:
-        softmax = attention_weights(query, key, blocked)  # fp32 [batch, heads, query, key]
-        weights.append(softmax.to(query.dtype).flatten(0, 1))
-        return (softmax @ value.float()).to(query.dtype)
-
-    return attend
