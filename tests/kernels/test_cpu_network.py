@@ -197,6 +197,20 @@ def test_verifying_a_draft_gives_the_bits_of_single_steps(bits: int, group: int)
     assert one.cached == other.cached - len(draft)
 
 
+def test_a_first_pass_in_slices_gives_the_bits_of_one_at_once() -> None:
+    model = model_of(bits=4, group=32)
+    whole, sliced = (native_runner(model, poisoned_cache(CONFIG)) for _ in "ab")
+    first, second = (with_slots(runner, contexts(CONFIG, 3)) for runner in (whole, sliced))
+    pending = sliced.begin(second)
+    tokens = sum(sequence.num_prompt_tokens for sequence in second)
+    left = [pending.work_left]
+    while (logits := pending.advance(tokens // 2)) is None:
+        left.append(pending.work_left)
+    assert left == [3 * tokens, 2 * tokens, tokens]
+    assert torch.equal(logits, whole.prefill(first))
+    assert [sequence.cached for sequence in second] == [sequence.cached for sequence in first]
+
+
 def test_a_long_line_of_contexts_is_cut_into_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("chatglm.engine.cpu_runner.MOST_PREFILL_TOKENS", 24)
     compare(model_of(bits=8, group=32), 6, torch.float32, ROUNDED)

@@ -20,7 +20,7 @@ from .runner import Runner
 from .sequence import Sequence
 
 if TYPE_CHECKING:
-    from ..kernels.cpu.network import CpuNetwork
+    from ..kernels.cpu.network import CpuNetwork, FirstPass
 
 MOST_PREFILL_TOKENS = 2_048
 """Tokens of one first pass; more sequences follow in another. Bounds the memory of activations."""
@@ -66,22 +66,27 @@ class CpuRunner(Runner):
         return torch.cat([self._prefill(part) for part in _parts(sequences)])
 
     def _prefill(self, sequences: list[Sequence]) -> Tensor:
+        pending = self.begin(sequences)
+        logits = pending.advance(pending.work_left)
+        assert logits is not None
+        return logits
+
+    def begin(self, sequences: list[Sequence]) -> NativePrefill:
+        """A first pass over these sequences, to be run with `advance`; slots must be allocated, `can_prefill` true."""
         contents = [[*s.context_ids, s.start_id, *s.generated_ids] for s in sequences]
         front = self.prefix_length
         slots = [s.slots[front : front + len(row)] for s, row in zip(sequences, contents, strict=True)]
         layout = self._layout(sequences, [0] * len(sequences))
         padded = generation_positions(layout, max(map(len, contents)), self.model.config)
         positions = torch.cat([padded[i, ..., : len(row)] for i, row in enumerate(contents)], dim=-1)[None]
-        logits = self.network.prefill(
+        first_pass = self.network.begin(
             torch.tensor([token for row in contents for token in row]),
             positions,
             torch.tensor([slot for table in slots for slot in table], dtype=torch.int32),
             [(len(row), len(s.context_ids)) for s, row in zip(sequences, contents, strict=True)],
             torch.tensor([s.slots[:front] for s in sequences], dtype=torch.int32) if front else None,
         )
-        for sequence, row in zip(sequences, contents, strict=True):
-            sequence.cached = front + len(row)
-        return logits
+        return NativePrefill(first_pass, sequences, [front + len(row) for row in contents])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, tables: list[list[int]], owners: list[Sequence]) -> Tensor:
@@ -102,6 +107,31 @@ class CpuRunner(Runner):
             results.append(self.step(torch.tensor(part), tables, [sequence] * len(part)).clone())
         sequence.cached += 1
         return torch.cat(results)
+
+
+class NativePrefill:
+    """A first pass over several sequences that can be paused between layers.
+
+    work_left  tokens times layers that are still to be run
+    """
+
+    def __init__(self, first_pass: FirstPass, sequences: list[Sequence], cached: list[int]) -> None:
+        self._pass, self._sequences, self._cached = first_pass, sequences, cached
+
+    @property
+    def work_left(self) -> int:
+        return self._pass.tokens * self._pass.layers_left
+
+    def advance(self, budget: int) -> Tensor | None:
+        """Run layers worth about `budget` (tokens times layers), at least one.
+
+        Returns fp32 logits [sequences, vocab] of each one's last token once all layers have run.
+        """
+        logits = self._pass.advance(max(1, budget // self._pass.tokens))
+        if logits is not None:
+            for sequence, cached in zip(self._sequences, self._cached, strict=True):
+                sequence.cached = cached
+        return logits
 
 
 def _parts(sequences: list[Sequence]) -> list[list[Sequence]]:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.huge_pages import prefer_huge_pages
 from ..config import ModelConfig
 from ..model import GLM
 from ..quantization import QuantizedEmbedding, QuantizedLinear, swap_linears
@@ -62,6 +63,7 @@ def _fill(module: nn.Module, generator: torch.Generator) -> None:
     if isinstance(module, QuantizedLinear | QuantizedEmbedding):
         if isinstance(module, QuantizedLinear) and module.is_tied:
             return
+        prefer_huge_pages(module.weight)
         words = module.weight.view(torch.int32) if module.weight.shape[1] % 4 == 0 else module.weight
         _draw(words, lambda part: part.random_(*BOUNDS[part.dtype], generator=generator))
         module.weight_scale.fill_(WEIGHT_STD / CODE_STD[module.bits])

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..model import sdpa_attention
 from ..model.positions import generation_positions
 from ..model.rotary import Rotary, rotary_table
+from .cpu_runner import CpuRunner, NativePrefill
 from .kv_cache import KVCache
 from .runner import Runner
 from .sequence import Sequence
@@ -197,9 +198,11 @@ class WholePrefill:
         return self._runner.prefill(self._sequences)
 
 
-Prefill = PackedPrefill | WholePrefill
+Prefill = PackedPrefill | NativePrefill | WholePrefill
 
 
 def begin_prefill(runner: Runner, sequences: list[Sequence]) -> Prefill:
     """A first pass in the finest slices that the runner has."""
-    return runner.begin(sequences) if isinstance(runner, RowRunner) else WholePrefill(runner, sequences)
+    if isinstance(runner, RowRunner) or (isinstance(runner, CpuRunner) and runner.network.can_prefill):
+        return runner.begin(sequences)
+    return WholePrefill(runner, sequences)

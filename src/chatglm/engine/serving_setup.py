@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeviceError
+from .cpu_runner import cache_dtype
 from .graph_runner import make_runner
 from .kv_cache import BLOCK_SIZE, KVCache
 from .loading import LoadedModel
@@ -29,7 +30,7 @@ CPU_PREFILL_TOKENS, GPU_PREFILL_TOKENS = 128, 8_192
 def cache_block_bytes(loaded: LoadedModel) -> int:
     """Bytes of one cache block: keys and values of 16 tokens in every layer."""
     config = loaded.config
-    return 2 * BLOCK_SIZE * config.num_layers * config.num_heads * config.head_dim * loaded.model.dtype.itemsize
+    return 2 * BLOCK_SIZE * config.num_layers * config.num_heads * config.head_dim * _cache_dtype(loaded).itemsize
 
 
 def choose_cache_blocks(loaded: LoadedModel, kv_memory: int | None, max_running: int) -> int:
@@ -57,12 +58,22 @@ def choose_cache_blocks(loaded: LoadedModel, kv_memory: int | None, max_running:
     return blocks
 
 
+def _keeps_rows_apart(loaded: LoadedModel) -> bool:
+    """Whether a RowRunner serves this model."""
+    config = loaded.config
+    is_plain = config.position_encoding == "learned_2d" or config.pre_seq_len
+    return loaded.model.device.type == "cpu" and not is_plain and not config.quantization_bit
+
+
+def _cache_dtype(loaded: LoadedModel) -> torch.dtype:
+    return loaded.model.dtype if _keeps_rows_apart(loaded) else cache_dtype(loaded.model)
+
+
 def serving_runner(loaded: LoadedModel, blocks: int, no_piece: Tensor | None) -> Runner:
-    """The fastest runner for the device; on a CPU the one whose results do not depend on the batch."""
+    """The fastest runner; for floating weights on a CPU the one whose results do not depend on the batch."""
     model = loaded.model
-    cache = KVCache(loaded.config, blocks * BLOCK_SIZE, model.dtype, model.device)
-    is_plain = loaded.config.position_encoding == "learned_2d" or loaded.config.pre_seq_len
-    if model.device.type == "cpu" and not is_plain:
+    cache = KVCache(loaded.config, blocks * BLOCK_SIZE, _cache_dtype(loaded), model.device)
+    if _keeps_rows_apart(loaded):
         return RowRunner(model, cache)
     return make_runner(model, cache, no_piece=no_piece)
 

@@ -87,21 +87,21 @@ class CpuNetwork:
         rows       for each sequence its tokens in all, and those of its context, which see each other
         prefix     int32 [sequences, prefix]: where the keys and values of a learned prefix go
         """
-        prefixes = self._place_prefixes(prefix)
-        pass_ = _Prefill(self, slots, [total for total, _ in rows])
-        pass_.hidden[: len(ids)] = self._embed(ids[None], positions)[0]
-        self._set_angles(pass_.angles, positions, len(ids))
-        program = Program(pass_.operations, pass_)
-        done = 0
-        for number, stop in enumerate(pass_.stops):
-            self.workers.run(program, done, stop)
-            done = stop
-            mixed = prefix_lm_attention(pass_.split_heads(), rows, pass_.mixed, prefixes[number])
-            if number == self.config.num_layers - 1:
-                pass_.last_mixed[: len(rows)] = mixed[pass_.last]
-                pass_.last_residual[: len(rows)] = pass_.residual[pass_.last]
-        self.workers.run(program, done, program.count)
-        return pass_.logits[: len(rows)]
+        logits = self.begin(ids, positions, slots, rows, prefix).advance(self.config.num_layers)
+        assert logits is not None
+        return logits
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        rows: Sequence[tuple[int, int]],
+        prefix: Tensor | None = None,
+    ) -> FirstPass:
+        """A first pass that runs as `advance` is called; arguments as for `prefill`."""
+        return FirstPass(self, ids, positions, slots, rows, self._place_prefixes(prefix))
 
     def _place_prefixes(self, slots: Tensor | None) -> list[tuple[Tensor, Tensor] | None]:
         """Keys and values of a P-tuning prefix into the cache; for each layer both, [heads, prefix, head_dim]."""
@@ -161,6 +161,55 @@ class _Step:
         pass_.norm(weights.final_norm, source, residual, first, sums, weights.head)
         pass_.linear(weights.head, first, self.logits, is_rounded=True)
         self.program = Program(pass_.operations, pass_)
+
+
+class FirstPass:
+    """A first pass under way, which can be paused between layers.
+
+    layers_left  of which attention is not computed yet
+    """
+
+    def __init__(
+        self,
+        network: CpuNetwork,
+        ids: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        rows: Sequence[tuple[int, int]],
+        prefixes: list[tuple[Tensor, Tensor] | None],
+    ) -> None:
+        self._network, self._rows, self._prefixes = network, rows, prefixes
+        self._pass = _Prefill(network, slots, [total for total, _ in rows])
+        self._pass.hidden[: len(ids)] = network._embed(ids[None], positions)[0]
+        network._set_angles(self._pass.angles, positions, len(ids))
+        self._program = Program(self._pass.operations, self._pass)
+        self._layer = self._done = 0
+
+    @property
+    def tokens(self) -> int:
+        return self._pass.tokens
+
+    @property
+    def layers_left(self) -> int:
+        return len(self._pass.stops) - self._layer
+
+    @torch.inference_mode()
+    def advance(self, layers: int) -> Tensor | None:
+        """Run so many layers more; after the last one fp32 logits [sequences, vocab], until then None."""
+        pass_, network = self._pass, self._network
+        for _ in range(min(layers, self.layers_left)):
+            stop = pass_.stops[self._layer]
+            network.workers.run(self._program, self._done, stop)
+            mixed = prefix_lm_attention(pass_.split_heads(), self._rows, pass_.mixed, self._prefixes[self._layer])
+            self._done = stop
+            self._layer += 1
+        if self.layers_left:
+            return None
+        count = len(self._rows)
+        pass_.last_mixed[:count] = mixed[pass_.last]
+        pass_.last_residual[:count] = pass_.residual[pass_.last]
+        network.workers.run(self._program, self._done, self._program.count)
+        return pass_.logits[:count]
 
 
 class _Prefill:
