@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..errors import ChatGLMError
 from .options import CommonOptions
 from .units import human_bytes
 
@@ -20,6 +21,11 @@ OPTIONAL_PARTS = {
     "transformers": ("hf", "the model card's lines, AutoModel and Trainer"),
     "accelerate": ("hf", "transformers' device_map and Trainer"),
     "peft": ("hf", "LoRA adapters"),
+    "llvmlite": ("cpu", "fast CPU kernels, compiled here without a compiler"),
+    "fastapi": ("serve", "`chatglm serve`"),
+    "uvicorn": ("serve", "`chatglm serve`"),
+    "prometheus_client": ("serve", "metrics of `chatglm serve`"),
+    "llguidance": ("serve", "answers in a given JSON schema"),
 }
 """Package → our extra, and what it is good for."""
 
@@ -107,8 +113,24 @@ def _choice() -> dict[str, Any]:
         dtype = str(placement.dtype).removeprefix("torch.")
         facts[name] = f"{dtype} on {placement.device}: {placement.reason}"
     facts["threads"] = f"{physical_cores()} (all physical cores; --threads N changes it)"
-    facts["kernels"] = "plain PyTorch, also for INT8 and INT4: no compiler and no CUDA toolkit is needed"
+    facts["kernels"] = _kernels()
     return facts
+
+
+def _kernels() -> str:
+    """Which kernels would run on the device that is chosen, and why no faster ones."""
+    from ..engine.placement import choose_device
+    from ..kernels.probe import choose_kernels, why_not_native, why_not_triton
+
+    device = choose_device()
+    try:
+        chosen = choose_kernels(None, device)
+    except ChatGLMError as error:
+        return error.message
+    if chosen != "torch":
+        return f"{chosen} on {device} (CHATGLM_KERNELS=torch takes plain PyTorch)"
+    obstacle = why_not_native(device) if device.type == "cpu" else why_not_triton(device)
+    return f"plain PyTorch on {device}: {obstacle or 'CHATGLM_KERNELS says so'}"
 
 
 def _space() -> dict[str, Any]:
