@@ -83,7 +83,10 @@ def test_forward_gives_the_originals_outputs(name: str, case: Case) -> None:
 @torch.no_grad()
 def test_given_mask_and_positions_equal_the_derived_ones(name: str, case: Case) -> None:
     model = model_of(name)
-    derived = model(case.inputs["input_ids"])
+    ids = case.inputs["input_ids"]
+    assert torch.equal(model.get_masks(ids, ids.device), case.outputs["attention_mask"])
+    assert torch.equal(model.get_position_ids(ids), case.outputs["position_ids"])
+    derived = model(ids)
     assert_close(model(case.inputs["input_ids"], **case.outputs).logits, derived.logits, 1e-6)
 
 
@@ -159,6 +162,7 @@ def test_a_prefix_alone_fills_the_cache_as_in_the_original(name: str, case: Case
     for layer in range(model.config.num_layers):
         found = torch.stack([part[:prefix] for part in past[layer]])
         assert_close(found, case.outputs[f"past.{layer}"])
+        assert torch.equal(model.transformer.get_prompt(1, dtype=torch.float32)[layer], found)
 
 
 GENERATED = binding(("base-fp32-generate", "oned-fp32", "ptuning", "ptuning-projection"), "generate")

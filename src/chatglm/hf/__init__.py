@@ -1,7 +1,7 @@
 """ChatGLM-6B under transformers' names.
 
 After `import chatglm.hf` the lines of the model card work as printed, `trust_remote_code=True` included, and no Python
-file of the checkpoint runs. Read in this order: configuration, tokenization, inputs, modeling, generation,
+file of the checkpoint runs. Read in this order: configuration, tokenization, inputs, pretrained, modeling, generation,
 conversation.
 """
 
@@ -16,7 +16,8 @@ except ImportError as _error:
 
 from .cache import ChatGLMCache
 from .configuration import ChatGLMConfig
-from .modeling import ChatGLMForConditionalGeneration, ChatGLMModel, ChatGLMPreTrainedModel
+from .modeling import ChatGLMForConditionalGeneration, ChatGLMModel
+from .pretrained import ChatGLMPreTrainedModel
 from .registration import register
 from .tokenization import ChatGLMTokenizer
 

@@ -76,7 +76,7 @@ class ScoreGuard:
 class Generation(_Mixin):
     """Mixed into the language model before GenerationMixin; the model has `transformer.description`."""
 
-    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """Greedy, sampling, beams, batches, as in transformers; returns ids [batch, tokens], the context first.
 
         inputs          (or input_ids) int64 [batch, tokens]: contexts that hold a mask token and `<sop>`, padded left
@@ -92,14 +92,10 @@ class Generation(_Mixin):
         config: ModelConfig = self.transformer.description
         kwargs.update(_context(ids, mask, positions, config))
         kwargs["attention_mask"] = torch.ones_like(ids)
-        _allow_one_token(kwargs, args, ids.shape[1])
-        settings = kwargs.get("generation_config") or self.generation_config
-        beams = kwargs.get("num_beams") or settings.num_beams or 1
-        self._score_guard: ScoreGuard | None = ScoreGuard(config.eos_token_id, has_beams=beams > 1)
-        try:
-            return super().generate(ids, *args, **kwargs)
-        finally:
-            self._score_guard = None
+        _allow_one_token(kwargs, generation_config, ids.shape[1])
+        beams = kwargs.get("num_beams") or (generation_config or self.generation_config).num_beams or 1
+        kwargs["score_guard"] = ScoreGuard(config.eos_token_id, has_beams=beams > 1)
+        return super().generate(ids, generation_config, **kwargs)
 
     def prepare_inputs_for_generation(
         self,
@@ -117,6 +113,7 @@ class Generation(_Mixin):
         context_blocked: Tensor | None = None,
         context_positions: Tensor | None = None,
         logits_to_keep: int = 1,
+        score_guard: ScoreGuard | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The inputs of one pass: all ids, or those that the cache does not hold yet. Called by transformers."""
@@ -138,7 +135,7 @@ class Generation(_Mixin):
             CACHE_KEY: past,
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
-            "score_guard": getattr(self, "_score_guard", None),
+            "score_guard": score_guard,
             **{key: kwargs[key] for key in ("output_attentions", "output_hidden_states") if key in kwargs},
         }
 
@@ -269,12 +266,11 @@ def _step_blocked(layout: Layout, given: Tensor | None, start: int, total: int) 
     return torch.cat((blocked, answers | later), dim=2)[:, :, start:]
 
 
-def _allow_one_token(kwargs: dict[str, Any], args: tuple[Any, ...], tokens: int) -> None:
+def _allow_one_token(kwargs: dict[str, Any], settings: Any, tokens: int) -> None:
     """Turn a `max_length` that the context reaches into one new token; newer transformers refuse it."""
-    settings = kwargs.get("generation_config")
     limit = kwargs.get("max_length") or (None if settings is None else settings.max_length)
     has_room = limit is None or limit > tokens
-    if has_room or args or kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None):
+    if has_room or kwargs.get("max_new_tokens") or getattr(settings, "max_new_tokens", None):
         return
     logger.info(f"max_length is {limit}, the context has {tokens} tokens: one token is generated")
     kwargs.pop("max_length", None)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin
 from transformers.utils import logging
 
 from ..config import ModelConfig
@@ -24,75 +24,11 @@ from .configuration import ChatGLMConfig
 from .conversation import Conversation
 from .generation import Generation, ScoreGuard
 from .inputs import first_pass, later_pass
-from .loading import DTYPE_KEY, TIED_WEIGHTS, fill_new_prefix, report_new_prefix, verify_before_loading
+from .loading import DTYPE_KEY, TIED_WEIGHTS
 from .outputs import ChatGLMModelOutput, ChatGLMOutput, next_token_loss
+from .pretrained import ChatGLMPreTrainedModel
 
 logger = logging.get_logger("transformers.chatglm")
-
-
-class ChatGLMPreTrainedModel(PreTrainedModel):
-    """What both classes tell transformers about themselves."""
-
-    config_class = ChatGLMConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    is_parallelizable = False
-    accepts_loss_kwargs = False
-    _supports_sdpa = True
-    _no_split_modules = ["Block"]  # noqa: RUF012
-    # Stored by the original for every layer, and ignored by it when it loads.
-    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012
-    _keys_to_ignore_on_load_missing = [r"prefix_encoder\."]  # noqa: RUF012 - `report_new_prefix` speaks of it
-    # As in the original, norms stay fp32 until `.half()` casts everything; a prefix too.
-    _keep_in_fp32_modules = ["input_layernorm", "post_attention_layernorm", "final_layernorm"]  # noqa: RUF012
-    has_new_prefix = False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
-        """As in transformers, but a local folder is verified before memory is spent, and without a dtype the
-        checkpoint's own is used in every version.
-        """
-        verify_before_loading(pretrained_model_name_or_path, kwargs)
-        if "dtype" not in kwargs and "torch_dtype" not in kwargs:
-            kwargs[DTYPE_KEY] = "auto"
-        kwargs.setdefault("low_cpu_mem_usage", True)  # one copy of the weights, also before transformers 4.5x
-        result = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        model = result[0] if isinstance(result, tuple) else result
-        fill_new_prefix(model)
-        model.freeze_base()
-        report_new_prefix(model)
-        return result
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the embedding, and so of hidden states on an accelerator."""
-        table = self.get_input_embeddings()
-        dtype: torch.dtype = table.dtype_like.dtype if isinstance(table, RowQuantizedEmbedding) else table.weight.dtype
-        return dtype
-
-    def _init_weights(self, module: nn.Module) -> None:
-        """For what no checkpoint filled. A prefix keeps torch's defaults, as in the original."""
-        # `nn.init` functions, because transformers 5 makes those leave loaded weights alone.
-        if getattr(module, "is_of_prefix", False):
-            self.has_new_prefix |= not getattr(module.weight, "_is_hf_initialized", False)
-            module.reset_parameters()  # type: ignore[operator]
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, 0, 0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = "AutoModel") -> None:
-        """Nothing: this class is found by name, and its source is not copied beside saved models."""
-
-    def freeze_base(self) -> None:
-        """With P-tuning only the prefix is trained; without, nothing changes."""
-        if self.config.pre_seq_len is not None:
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_("prefix_encoder." in name)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel, Network):
@@ -107,6 +43,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel, Network):
                 part.is_of_prefix = isinstance(part, (nn.Embedding, nn.Linear))  # type: ignore[assignment]
         self.freeze_base()
         self.post_init()
+
+    def get_prompt(self, batch_size: int, device: Any = None, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
+        """The P-tuning prefix of each layer in the original's form, [2 (key, value), prefix, batch, heads, head_dim]."""
+        pairs = self.prefix_encoder.key_values(batch_size, dtype)
+        return tuple(torch.stack(pair).permute(0, 3, 1, 2, 4).to(device or self.device) for pair in pairs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.word_embeddings
