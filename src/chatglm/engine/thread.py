@@ -67,8 +67,9 @@ class EngineThread:
     def start(self) -> None:
         """Begin to run."""
         self.is_ready = True
-        self._thread = threading.Thread(target=self._run, args=(self._generation,), name="engine", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(self._generation,), name="engine", daemon=True)
+        thread.start()
+        self._thread = thread  # not before it lives, or `watch` would take it for dead
 
     @property
     def num_waiting(self) -> int:
