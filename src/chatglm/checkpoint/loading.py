@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from .folder import Checkpoint
 from .layout import PREFIX
 from .problem import FileError, Problem
+from .mapping import MappedFiles
 from .reading import holds_same, read_tensor, torch_dtype
 from .tensor_file import Progress, TensorEntry, named
 
@@ -65,6 +66,7 @@ class _Loading:
         self.places = {name: t for name, t in places.items() if not (self.is_tied and name.startswith(HEAD_MODULE))}
         self.filled: set[str] = set()
         self.done = 0
+        self.mapped = MappedFiles()
 
     def run(self, may_miss: tuple[str, ...]) -> list[str]:
         entries = dict(self.checkpoint.tensors)
@@ -124,6 +126,10 @@ class _Loading:
             )
 
     def _load(self, name: str, entry: TensorEntry) -> None:
+        if (codes := self._codes_in_place(entry)) is not None:
+            self._put(name, codes)
+            self.filled.add(name)
+            return
         tensor = read_tensor(entry, count=self._count)
         for made_name, made in self.transform(name, tensor) if self.transform else ((name, tensor),):
             if made_name not in self.places:
@@ -131,6 +137,15 @@ class _Loading:
             self._check_fit(made_name, tuple(made.shape), made.dtype, entry)
             self._put(made_name, self._cast(made_name, made, entry))
             self.filled.add(made_name)
+
+    def _codes_in_place(self, entry: TensorEntry) -> Tensor | None:
+        """Codes that need no change, mapped instead of read; None for another tensor."""
+        if self.transform is not None or self.device.type != "cpu":
+            return None
+        codes = self.mapped.codes(entry)
+        if codes is not None:
+            self._count(entry.nbytes)
+        return codes
 
     def _cast(self, name: str, tensor: Tensor, entry: TensorEntry) -> Tensor:
         wanted = torch.float16 if name.endswith(SCALE) else self.dtype if tensor.is_floating_point() else tensor.dtype

@@ -37,6 +37,10 @@ _MARK, _OTHER_MARK = "\x01", "\x02"
 _FIRST_SYMBOL = 0x21
 
 
+_recent: dict[tuple[int, int], Tokenizer] = {}
+"""The last one that was made, by its file (which it holds) and image tokens: verifying and loading both ask for it."""
+
+
 class Tokenizer:
     """The text tokenizer of one checkpoint. Safe to use from several threads.
 
@@ -71,7 +75,11 @@ class Tokenizer:
                        file always has 20,000
         Raises TokenizerError naming the file, its size and pieces, and the cure.
         """
-        tokenizer = cls(read_model_file(path), image_tokens=image_tokens)
+        file = read_model_file(path)
+        made = _recent.get((id(file), image_tokens))
+        tokenizer = cls(file, image_tokens=image_tokens) if made is None or type(made) is not cls else made
+        _recent.clear()
+        _recent[id(file), image_tokens] = tokenizer
         if config is not None:
             tokenizer.check_against(config)
         return tokenizer
