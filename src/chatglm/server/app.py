@@ -14,7 +14,7 @@ from starlette.responses import Response
 from .. import __version__
 from .api_errors import APIError
 from .backend import Backend
-from .border import Border
+from .border import Border, ClientGone
 from .json_answer import JsonAnswer
 from .logs import RequestLog
 from .requests import request_id_of
@@ -44,6 +44,7 @@ def build_app(backend: Backend, log: RequestLog) -> Border:
         app.include_router(legacy.router)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(APIError, _api_error)
+    app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _internal_error)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     return Border(app, backend, log)
@@ -61,6 +62,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     found = APIError(error.status_code, code, message.get(error.status_code, str(error.detail)))
     found.headers |= dict(error.headers or {})
     return await _api_error(request, found)
+
+
+async def _client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # for the log; nobody reads it
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

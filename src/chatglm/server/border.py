@@ -65,7 +65,9 @@ class Border:
             await self._pass(scope, headers, receive, outgoing)
         except APIError as error:
             await self._refuse(outgoing, error, request_id, headers)
-        except (ClientGone, asyncio.CancelledError):
+        except ClientGone:
+            outgoing.status = outgoing.status or 499
+        except asyncio.CancelledError:
             outgoing.status = outgoing.status or 499
             raise
         finally:

@@ -87,7 +87,7 @@ class EventStream(Response):
             if not work.done():
                 for exchange in self._exchanges:
                     exchange.cancel()
-                raise ClientGone
+                return  # nobody is there to read the rest
             work.result()
         finally:
             for task in (work, watcher):
