@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from .folder import Checkpoint
 from .layout import PREFIX
-from .problem import FileError, Problem
 from .mapping import MappedFiles
+from .problem import FileError, Problem
 from .reading import holds_same, read_tensor, torch_dtype
 from .tensor_file import Progress, TensorEntry, named
 
