@@ -13,38 +13,58 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..tokenizer.model_file import TOKENIZER_FILE
-from .folder import BIN, CONFIG, INDEX, SAFETENSORS, SHARD, TOKENIZER_CONFIG
+from .folder import BIN, CONFIG, INDEX, QUANTIZATION_RECORD, SAFETENSORS, SHARD, TOKENIZER_CONFIG
 from .tensor_file import sizes_said
 
-REPLACED = {CONFIG, TOKENIZER_CONFIG, TOKENIZER_FILE, SAFETENSORS, BIN, f"{SAFETENSORS}{INDEX}", f"{BIN}{INDEX}"}
+REPLACED = {
+    CONFIG,
+    TOKENIZER_CONFIG,
+    TOKENIZER_FILE,
+    SAFETENSORS,
+    BIN,
+    f"{SAFETENSORS}{INDEX}",
+    f"{BIN}{INDEX}",
+    QUANTIZATION_RECORD,
+}
 """Files of an old checkpoint that a new one takes the place of; everything else in the folder stays."""
+
+JOB = "unfinished-job.txt"
+"""In a folder that may be gone on with: which job it belongs to. Files named `unfinished-…` are not in the result."""
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def whole_folder(target: Path, needed_bytes: int, *, overwrite: bool = False) -> Iterator[Path]:
+def whole_folder(target: Path, needed_bytes: int, *, overwrite: bool = False, job: str | None = None) -> Iterator[Path]:
     """A new folder to write into; it becomes `target` at the end of the block, or vanishes with an error.
 
     needed_bytes  what will be written; compared with the free disk space first
     overwrite     replace the checkpoint in `target`; its other files are kept
+    job           says exactly what is being made: the folder stays after an error or a kill, and is given out again,
+                  with what is in it, to the next run with the same job (to another one it is given empty)
     A process that is killed leaves either the old folder or the new one (and a hidden `.NAME.saving` beside it, which
     the next save removes). Raises CheckpointError when the disk is too small, or the target would lose something.
     """
     target = Path(os.path.abspath(target))
     _check_target(target, overwrite)
-    _check_disk(target, needed_bytes)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.saving")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = target.with_name(f".{target.name}.{'saving' if job is None else 'unfinished'}")
+    if job is None or not _belongs_to(temporary, job):
+        shutil.rmtree(temporary, ignore_errors=True)
+    _check_disk(target, needed_bytes - _allocated(temporary))
+    temporary.mkdir(parents=True, exist_ok=True)
+    if job is not None:
+        (temporary / JOB).write_text(job, encoding="utf-8")
+    is_done = False
     try:
         yield temporary
+        for path in temporary.glob("unfinished-*"):
+            path.unlink()
         _keep_other_files(target, temporary)
         for path in temporary.iterdir():
             _flush(path)
         _flush(temporary)
         _commit(temporary, target)
+        is_done = True
         _flush(target.parent)
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -55,7 +75,22 @@ def whole_folder(target: Path, needed_bytes: int, *, overwrite: bool = False) ->
             cure="free some space, or save to another disk; nothing was changed",
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_done or job is None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _belongs_to(folder: Path, job: str) -> bool:
+    try:
+        return (folder / JOB).read_text(encoding="utf-8") == job
+    except OSError:
+        return False
+
+
+def _allocated(folder: Path) -> int:
+    """Bytes that the files of a folder take on the disk (a file that was only made long takes none)."""
+    if not folder.is_dir():
+        return 0
+    return sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in folder.iterdir())
 
 
 def write_whole(path: Path, data: bytes) -> None:

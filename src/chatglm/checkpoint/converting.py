@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..tokenizer import complete, read_model_file
 from ..tokenizer.model_file import TOKENIZER_FILE
-from .folder import TOKENIZER_CONFIG, Checkpoint, open_checkpoint, read_json
+from .folder import QUANTIZATION_RECORD, TOKENIZER_CONFIG, Checkpoint, open_checkpoint, read_json
 from .layout import EMBEDDING, HEAD
 from .loading import SCALE, untied
 from .problem import FileError
@@ -18,7 +18,7 @@ from .tensor_file import ITEM_BYTES, Progress, TensorEntry
 from .verifying import check
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-KEPT_FILES = ("LICENSE", "MODEL_LICENSE", "generation_config.json")
+KEPT_FILES = ("LICENSE", "MODEL_LICENSE", "generation_config.json", QUANTIZATION_RECORD)
 
 
 def convert(
@@ -81,7 +81,7 @@ def _write(
         raise CheckpointError(f"{layout!r} is no format of a checkpoint", cure="use safetensors or original")
     if Path(target).resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{target} is the source itself", cure="give another target")
-    files = _small_files(checkpoint, to_slim)
+    files = small_files(checkpoint, to_slim)
     if to_slim:
         checkpoint = checkpoint.slim()
     plan = _plan(checkpoint, layout)
@@ -108,7 +108,7 @@ def _dtype_of(entry: TensorEntry, dtype: str | None) -> str:
     return DTYPES[dtype] if is_cast and dtype is not None else entry.dtype
 
 
-def _small_files(checkpoint: Checkpoint, to_slim: bool) -> dict[str, bytes]:
+def small_files(checkpoint: Checkpoint, to_slim: bool = False) -> dict[str, bytes]:
     """Tokenizer and licence files of the new folder. No Python file comes along, so `auto_map` goes too."""
     folder = checkpoint.folder
     files = {name: (folder / name).read_bytes() for name in KEPT_FILES if (folder / name).is_file()}

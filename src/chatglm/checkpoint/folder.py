@@ -20,6 +20,8 @@ from .tensor_file import TensorEntry, list_tensors
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 SAFETENSORS, BIN = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"
+QUANTIZATION_RECORD = "quantization.json"
+"""How a quantised checkpoint was made; beside config.json, read by `chatglm info`."""
 SHARD = re.compile(r"(model|pytorch_model)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
 
 

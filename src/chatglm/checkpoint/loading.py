@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .folder import Checkpoint
-from .layout import PREFIX
+from .layout import FLOATS, PREFIX
 from .mapping import MappedFiles
 from .problem import FileError, Problem
 from .reading import holds_same, read_tensor, torch_dtype
-from .tensor_file import Progress, TensorEntry, named
+from .tensor_file import ITEM_BYTES, Progress, TensorEntry, named
 
 Transform = Callable[[str, Tensor], Iterable[tuple[str, Tensor]]]
 """Turns a stored tensor into the tensors that the model has for it, such as codes and scales of a weight."""
+
+LARGEST_ON_HEAP = 8 << 20
+"""What glibc's allocator may take from its heap; more is mapped on its own."""
 
 TABLE = "transformer.word_embeddings."
 HEAD_MODULE = "lm_head."
@@ -36,8 +39,8 @@ def load_into(
     """Fill `model` (a GLM on the meta device, plain or swapped to its quantised form) with the checkpoint's tensors.
 
     dtype      of weights, biases and norms, whatever they are stored in; int8 codes and fp16 scales keep theirs
-    transform  applied to each tensor as it arrives, e.g. quantization.quantize_on_load(4); it may keep a tensor back
-               and give what it makes of it with a later one
+    transform  applied to each tensor as it arrives, e.g. quantization.quantize_on_load(4); it may keep codes and
+               scales back, not float weights, and give what it makes of them with a later one
     may_miss   beginnings of names that the checkpoint may lack; these stay as they are
     returns    the names that were missing so
 
@@ -65,6 +68,7 @@ class _Loading:
         places = model.state_dict(keep_vars=True)
         self.places = {name: t for name, t in places.items() if not (self.is_tied and name.startswith(HEAD_MODULE))}
         self.filled: set[str] = set()
+        self.scratch: Tensor | None = None
         self.done = 0
         self.mapped = MappedFiles()
 
@@ -130,13 +134,27 @@ class _Loading:
             self._put(name, codes)
             self.filled.add(name)
             return
-        tensor = read_tensor(entry, count=self._count)
+        tensor = read_tensor(entry, count=self._count, into=self._scratch(entry))
         for made_name, made in self.transform(name, tensor) if self.transform else ((name, tensor),):
             if made_name not in self.places:
                 raise CheckpointError(f"the model has no {made_name}, which {name} was turned into")
             self._check_fit(made_name, tuple(made.shape), made.dtype, entry)
             self._put(made_name, self._cast(made_name, made, entry))
             self.filled.add(made_name)
+
+    def _scratch(self, entry: TensorEntry) -> Tensor | None:
+        """The same memory for every weight that is not kept but turned into something smaller.
+
+        Freed and allocated anew between the tensors that stay, it would leave holes in the heap that nothing fills.
+        Larger ones get pages of their own, which go back to the system.
+        """
+        nbytes = entry.span * ITEM_BYTES[entry.dtype]
+        is_weight = entry.dtype in FLOATS and len(entry.shape) > 1 and not entry.name.endswith(SCALE)
+        if self.transform is None or not is_weight or nbytes >= LARGEST_ON_HEAP:
+            return None
+        if self.scratch is None or len(self.scratch) < nbytes:
+            self.scratch = torch.empty(nbytes, dtype=torch.uint8)
+        return self.scratch
 
     def _codes_in_place(self, entry: TensorEntry) -> Tensor | None:
         """Codes that need no change, mapped instead of read; None for another tensor."""
@@ -150,6 +168,8 @@ class _Loading:
     def _cast(self, name: str, tensor: Tensor, entry: TensorEntry) -> Tensor:
         wanted = torch.float16 if name.endswith(SCALE) else self.dtype if tensor.is_floating_point() else tensor.dtype
         made = tensor.to(device=self.device, dtype=wanted)
+        if self.scratch is not None and made.untyped_storage().data_ptr() == self.scratch.untyped_storage().data_ptr():
+            made = made.clone()
         if made.dtype == torch.float16 != tensor.dtype and not bool(made.isfinite().all()):
             what, cure = "holds values beyond 65,504, which fp16 cannot hold", "load it as bf16 or fp32"
             raise FileError(Problem(entry.file.name, what, cure, str(entry)))

@@ -32,13 +32,21 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def read_tensor(entry: TensorEntry, *, must_be_finite: bool = True, count: Count | None = None) -> Tensor:
+def read_tensor(
+    entry: TensorEntry, *, must_be_finite: bool = True, count: Count | None = None, into: Tensor | None = None
+) -> Tensor:
     """The tensor on the CPU in its stored dtype, contiguous. Peak memory: the tensor.
 
+    into  bytes (uint8, at least span · item size) that are read into, to be overwritten by the next reading
     Raises FileError naming file and tensor when the file ends too early or (must_be_finite) a value is NaN or infinite.
     """
-    flat = torch.empty(entry.span, dtype=torch_dtype(entry.dtype))
-    if not flat.is_floating_point():  # codes stay where they are read to; floats may be cast to elsewhere
+    if into is None:
+        flat = torch.empty(entry.span, dtype=torch_dtype(entry.dtype))
+    else:
+        flat = into[: entry.span * ITEM_BYTES[entry.dtype]].view(torch_dtype(entry.dtype))
+    if (
+        into is None and not flat.is_floating_point()
+    ):  # codes stay where they are read to; floats may be cast to elsewhere
         prefer_huge_pages(flat)
     with entry.file.open("rb", buffering=0) as file:
         file.seek(entry.offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -109,19 +110,38 @@ class Shards:
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file. Wide dtypes first, so that every tensor is aligned. Extra memory: one tensor at most."""
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    head, order = safetensors_head(
+        {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors.items()}
+    )
+    with path.open("wb") as file:
+        file.write(head)
+        for name in order:
+            file.write(raw_bytes(tensors[name]))
+
+
+def safetensors_head(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[bytes, dict[str, int]]:
+    """Everything before the values of a safetensors file, and where in the file each tensor begins, in file order.
+
+    shapes  dtype (torch's name) and shape by tensor name
+    """
+    order = sorted(shapes, key=lambda name: -ITEM_BYTES[shapes[name][0]])
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers asks for it
+    starts: dict[str, int] = {}
     end = 0
     for name in order:
-        start, end = end, end + tensors[name].nbytes
-        dtype = _SAFETENSORS_NAMES[str(tensors[name].dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+        dtype, shape = shapes[name]
+        starts[name], end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        header[name] = {"dtype": _SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(tensors[name].cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + start for name, start in starts.items()}
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor as they lie in a file, row by row."""
+    view: memoryview = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return view
 
 
 def write_torch_zip(path: Path, tensors: Mapping[str, Tensor]) -> None:

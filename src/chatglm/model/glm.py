@@ -67,15 +67,9 @@ class Network:
                      only if the cache already holds it. None: every token sees everything
         keep_hidden  receives the input of every layer
         """
-        hidden = self.word_embeddings(ids) if embeddings is None else embeddings
-        hidden = hidden.to(activation_dtype(hidden.dtype, hidden.device))
-        rotary = None
-        if self.description.position_encoding == "learned_2d":
-            hidden = (
-                hidden + self.position_embeddings(positions[:, 0]) + self.block_position_embeddings(positions[:, 1])
-            )
-        else:
-            rotary = rotary_table(positions, self.description)
+        hidden = self.embed(ids, positions, embeddings)
+        has_rotary = self.description.position_encoding != "learned_2d"
+        rotary = rotary_table(positions, self.description) if has_rotary else None
         prefixes, blocked = self._prefixes(hidden, blocked, cache)
         for layer, prefix in zip(self.layers, prefixes, strict=True):
             if keep_hidden is not None:
@@ -88,6 +82,16 @@ class Network:
                 hidden = layer(hidden, rotary, blocked, cache, prefix, attend)
         output: Tensor = self.final_layernorm(hidden)
         return output
+
+    def embed(self, ids: Tensor | None, positions: Tensor, embeddings: Tensor | None = None) -> Tensor:
+        """The input of the first layer, [batch, query, hidden], in the dtype of activations."""
+        hidden: Tensor = self.word_embeddings(ids) if embeddings is None else embeddings
+        hidden = hidden.to(activation_dtype(hidden.dtype, hidden.device))
+        if self.description.position_encoding == "learned_2d":
+            hidden = (
+                hidden + self.position_embeddings(positions[:, 0]) + self.block_position_embeddings(positions[:, 1])
+            )
+        return hidden
 
     def _prefixes(
         self, hidden: Tensor, blocked: Tensor | None, cache: Cache | None

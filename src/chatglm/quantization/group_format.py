@@ -19,7 +19,7 @@ from .row_format import check_bits, packed_columns
 CLIP_FACTORS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
 """Candidates of the search: the largest code stands for this share of the largest weight."""
 
-CHUNK_ELEMENTS = 1 << 20
+CHUNK_ELEMENTS = 1 << 18
 """Weights searched at once; keeps temporary memory small and inside the cache."""
 
 

@@ -18,7 +18,7 @@ from .swap import LINEARS, named
 Transform = Callable[[str, Tensor], Iterator[tuple[str, Tensor]]]
 
 SCALE = "_scale"
-PART_BYTES = 1 << 24
+PART_BYTES = 1 << 20
 """Codes of quantised weights that are widened at once."""
 
 TABLES = ("transformer.word_embeddings.weight", "lm_head.weight")
@@ -48,18 +48,17 @@ def convert_on_load(stored: ModelConfig, wanted: ModelConfig) -> Transform | Non
         weight = name.removesuffix(SCALE)
         bits = bits_of(weight, stored.quantization_bit, stored.embedding_bits)
         wanted_bits = bits_of(weight, wanted.quantization_bit, wanted.embedding_bits)
-        if not bits:
-            yield from shrunk(weight, tensor, wanted_bits, wanted.quantization_group_size)
+        is_kept = bits == wanted_bits and stored.quantization_group_size == wanted.quantization_group_size
+        if not bits or is_kept:
+            yield from (
+                [(name, tensor)] if is_kept else shrunk(name, tensor, wanted_bits, wanted.quantization_group_size)
+            )
             return
         waiting[name] = tensor
         if weight in waiting and weight + SCALE in waiting:
             codes, scale = waiting.pop(weight), waiting.pop(weight + SCALE)
-            parts: dict[str, list[Tensor]] = {}
-            for part in widened_parts(codes, scale, bits, stored.quantization_group_size):
-                for made_name, made in shrunk(weight, part, wanted_bits, wanted.quantization_group_size):
-                    parts.setdefault(made_name, []).append(made)
-            for made_name, made_parts in parts.items():
-                yield made_name, torch.cat(made_parts)
+            parts = widened_parts(codes, scale, bits, stored.quantization_group_size)
+            yield from shrunk_parts(weight, parts, wanted_bits, wanted.quantization_group_size)
 
     return transform
 
@@ -82,6 +81,16 @@ def widened_parts(codes: Tensor, scale: Tensor, bits: int, group_size: int) -> I
     step = max(1, PART_BYTES // codes.shape[1])
     for start in range(0, len(codes), step):
         yield expand(codes[start : start + step], scale[start : start + step], bits, torch.float32)
+
+
+def shrunk_parts(name: str, parts: Iterator[Tensor], bits: int, group_size: int) -> Iterator[tuple[str, Tensor]]:
+    """`shrunk` of a weight that comes some rows at a time."""
+    made: dict[str, list[Tensor]] = {}
+    for part in parts:
+        for made_name, tensor in shrunk(name, part, bits, group_size):
+            made.setdefault(made_name, []).append(tensor)
+    for made_name, tensors in made.items():
+        yield made_name, torch.cat(tensors)
 
 
 def shrunk(name: str, weight: Tensor, bits: int, group_size: int) -> Iterator[tuple[str, Tensor]]:

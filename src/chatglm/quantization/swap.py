@@ -57,15 +57,26 @@ def swap_linears(
     for name, linear in linears:
         with named(name):
             model.set_submodule(name, _quantized_linear(linear, bits, group_size))
-    if embeddings:
+    _finish(model, config.quantized(bits, group_size, table_bits if embeddings else 0))
+    return model
+
+
+def swap_tables_as_described(model: Model, config: ModelConfig) -> Model:
+    """What is left to do where the linears of `model` are quantised already: embedding and head; returns the model."""
+    _finish(model, config)
+    return model
+
+
+def _finish(model: nn.Module, config: ModelConfig) -> None:
+    """Embedding and head to the format of `config`, and the description."""
+    bits, group_size = config.embedding_bits, config.quantization_group_size
+    if bits:
         with named("transformer.word_embeddings"):
-            table = _quantized_embedding(model.get_submodule("transformer.word_embeddings"), table_bits, group_size)
+            table = _quantized_embedding(model.get_submodule("transformer.word_embeddings"), bits, group_size)
         model.set_submodule("transformer.word_embeddings", table)
         with named("lm_head"):
-            model.set_submodule("lm_head", _quantized_head(model, table, table_bits, group_size))
-    described = config.quantized(bits, group_size, table_bits if embeddings else 0)
-    _describe(model, described)
-    return model
+            model.set_submodule("lm_head", _quantized_head(model, table, bits, group_size))
+    _describe(model, config)
 
 
 def swap_as_described(model: Model, config: ModelConfig) -> Model:
