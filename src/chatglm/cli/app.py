@@ -29,6 +29,7 @@ COMMANDS: dict[str, str] = {
     "info": "What a checkpoint is and how much memory it needs, without loading it.",
     "verify": "Check every file of a checkpoint before it is used.",
     "convert": "Write a checkpoint in today's form: safetensors, slim, with a tuned prefix.",
+    "bench": "Speed and memory here, beside what this machine could do at best.",
     "doctor": "What this machine has, what would be chosen and why, what is missing.",
 }
 """Name and one line of each command; the module and the function are named like the command."""

@@ -23,7 +23,7 @@ from .cpu_runner import native_runner
 from .fast_network import FastNetwork, Unsupported
 from .kv_cache import KVCache
 from .runner import Runner
-from .sampler import Samples
+from .sampler import Sampler, Samples
 from .sequence import Sequence
 from .step_buffers import StepBuffers
 
@@ -148,6 +148,13 @@ class GraphRunner(Runner):
             return torch.cat([self.decode(part).clone() for part in parts])
         self._feed(sequences)
         return self._run(len(sequences))
+
+    def decode_and_sample(self, sequences: list[Sequence], sampler: Sampler) -> Samples:
+        """One step and its tokens; all on the device, and one step ahead, where every sequence takes the best one."""
+        is_same_choice = (sampler.no_piece is None) == (self.buffers.no_piece is None)
+        if is_same_choice and all(map(sampler.takes_the_best, sequences)):
+            return self.decode_greedy(sequences)
+        return super().decode_and_sample(sequences, sampler)
 
     @torch.inference_mode()
     def decode_greedy(self, sequences: list[Sequence]) -> Samples:

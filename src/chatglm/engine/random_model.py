@@ -32,18 +32,24 @@ def random_model(
     *,
     bits: int = 0,
     group_size: int = 0,
+    embedding_bits: int | None = None,
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> GLM:
-    """A GLM of this shape. bits: 0 for weights in `dtype`, else 8 or 4 with embedding and head quantised too.
+    """A GLM of this shape.
 
-    group_size  columns that share a scale; 0 is the original's row-wise format
+    bits            of the linears: 0 for weights in `dtype`, else 8 or 4
+    group_size      columns that share a scale; 0 is the original's row-wise format
+    embedding_bits  of embedding and head; None: as the linears
     """
     device = torch.device(device)
     with torch.device("meta"):
         model = GLM(config)
-    swap_linears(model, bits, embeddings=bits > 0, group_size=group_size)
+    embedding_bits = bits if embedding_bits is None else embedding_bits
+    swap_linears(
+        model, bits, embeddings=embedding_bits > 0, group_size=group_size, embedding_bits=embedding_bits or bits
+    )
     model.to(dtype)
     model.to_empty(device=device)
     model.tie_head()

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..model import GLM, Attend, sdpa_attention
 from ..model.positions import Layout, generation_positions, prefix_blocked
 from .kv_cache import DecodeView, KVCache, PrefillView
+from .sampler import Sampler, Samples
 from .sequence import Sequence
 
 
@@ -59,6 +60,10 @@ class Runner:
         for sequence in sequences:
             sequence.cached += 1
         return self.step(tokens, tables, sequences)
+
+    def decode_and_sample(self, sequences: list[Sequence], sampler: Sampler) -> Samples:
+        """One step, and a token for each sequence."""
+        return sampler(self.decode(sequences), sequences)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, tables: list[list[int]], owners: list[Sequence]) -> Tensor:

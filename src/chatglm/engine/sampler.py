@@ -32,6 +32,13 @@ class Sampler:
         self.no_piece = no_piece
         self.end_id = end_id
 
+    @staticmethod
+    def takes_the_best(sequence: Sequence) -> bool:
+        """Whether a sequence's next token is simply the best one that has a piece."""
+        params = sequence.params
+        is_changed = params.has_penalties or params.no_repeat_ngram_size
+        return params.is_greedy and not is_changed and len(sequence.generated_ids) >= params.min_new_tokens
+
     @torch.inference_mode()
     def __call__(self, logits: Tensor, sequences: list[Sequence]) -> Samples:
         """logits: fp32 [batch, vocab], one row for each sequence."""

@@ -10,11 +10,9 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from ..errors import DeviceError
 from .runner import Runner
-from .sampler import Sampler
+from .sampler import Sampler, Samples
 from .sequence import Sequence
 from .speculation import propose
 
@@ -98,8 +96,7 @@ class Engine:
                 if draft:
                     outputs += self._take_drafted(batch[0], draft)
                 else:
-                    logits = self.runner.prefill(batch) if started else self.runner.decode(batch)
-                    outputs += self._take(logits, batch)
+                    outputs += self._take(self._samples(batch, is_first=bool(started)), batch)
             except BaseException:
                 self.abandon([*started, *scheduler.running])
                 raise
@@ -126,9 +123,14 @@ class Engine:
         scheduler.running = [s for s in scheduler.running if not s.is_finished]
         scheduler.waiting = deque(s for s in scheduler.waiting if not s.is_finished)
 
-    def _take(self, logits: torch.Tensor, batch: list[Sequence]) -> list[StepOutput]:
+    def _samples(self, batch: list[Sequence], *, is_first: bool) -> Samples:
+        """Run the network over a batch and choose a token for each sequence."""
+        if is_first:
+            return self.sampler(self.runner.prefill(batch), batch)
+        return self.runner.decode_and_sample(batch, self.sampler)
+
+    def _take(self, samples: Samples, batch: list[Sequence]) -> list[StepOutput]:
         outputs: list[StepOutput] = []
-        samples = self.sampler(logits, batch)
         for sequence, token, is_finite in zip(batch, samples.tokens, samples.is_finite, strict=True):
             if not is_finite:
                 sequence.fail(NOT_FINITE)
@@ -143,7 +145,7 @@ class Engine:
         logits = self.runner.verify(sequence, draft)
         outputs: list[StepOutput] = []
         for row, guess in enumerate([*draft, None]):
-            outputs += self._take(logits[row : row + 1], [sequence])
+            outputs += self._take(self.sampler(logits[row : row + 1], [sequence]), [sequence])
             if sequence.is_finished or outputs[-1].token != guess:
                 break
             sequence.cached += 1

@@ -34,10 +34,13 @@ def _options(overlap: bool, warps: int, stages: int = 3) -> dict[str, Any]:
 FULL_WORDS = {8: 1024, 4: 512}
 """Words of 4,096 columns, four to a thread: one chunk of a row, whose inputs stay in registers."""
 
-PROGRAMS = {8: 256, 4: 512}
-"""About as many programs for one token as run at once: more tiles a program are better than a second wave."""
+PROGRAMS = 512
+"""About as many INT4 programs for one token as run at once: more tiles a program are better than a second wave."""
 
 MOST_TILES = 8
+
+SMALL_ROWS = 4096
+"""Up to so many rows of one chunk a matrix is too small to hide what a program costs before its first row."""
 
 
 def gemv_tile(weight: PackedWeight) -> tuple[int, int, int, int]:
@@ -47,9 +50,14 @@ def gemv_tile(weight: PackedWeight) -> tuple[int, int, int, int]:
         return 1, min(words, 4096), 8, 1
     group_words = 1 if weight.group == weight.columns else weight.group // weight.streams
     chunk = max(min(words, FULL_WORDS[weight.bits]), group_words)
-    rows = 4
-    tiles = weight.rows * triton.cdiv(words, chunk) // (rows * PROGRAMS[weight.bits])
-    return rows, chunk, FULL_WORDS[weight.bits] // 128, max(1, min(MOST_TILES, tiles))
+    warps = FULL_WORDS[weight.bits] // 128
+    chunks = triton.cdiv(words, chunk)
+    is_small = weight.rows * chunks <= SMALL_ROWS
+    if weight.bits == 8:
+        return (4, chunk, warps, 4) if is_small else (8, chunk, warps, 1)
+    if is_small or chunks > 1:
+        return 8, chunk, warps, 1
+    return 4, chunk, warps, max(1, min(MOST_TILES, weight.rows // (4 * PROGRAMS)))
 
 
 def fuses(weight: PackedWeight, tokens: int) -> bool:
@@ -72,7 +80,7 @@ def workspace(weights: list[PackedWeight]) -> tuple[Tensor, Tensor]:
 def matmul_tile(weight: PackedWeight, tokens: int) -> tuple[int, int, int, int]:
     """(rows, words, warps, stages) of a program for a few tokens."""
     words = triton.next_power_of_2(weight.columns // weight.streams)
-    stages = {16: 4, 8: 3, 4: 2}[weight.bits]
+    stages = {16: 4, 8: 3, 4: 3 if tokens <= 16 else 2}[weight.bits]
     return 64, max(16, min(words, 64)), 4, stages
 
 
@@ -169,7 +177,7 @@ def _gemv(
         residual_scale, 0.0 if norm is None else norm.epsilon, ONE,
         NORM=norm is not None, HAS_RESIDUAL=residual is not None, RESIDUAL_STREAMS=residual_streams,
         TILE_ROWS=rows, TILE_WORDS=words, TILES=tiles, CHUNKS=chunks,
-        **shared, **_options(shared["OVERLAP"], warps),
+        maxnreg=128, **shared, **_options(shared["OVERLAP"], warps),
     )  # fmt: skip
 
 
