@@ -45,7 +45,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, Network):
         self.post_init()
 
     def get_prompt(self, batch_size: int, device: Any = None, dtype: torch.dtype = torch.float16) -> tuple[Tensor, ...]:
-        """The P-tuning prefix, for each layer [2 (key, value), prefix, batch, heads, head_dim], as the original has it."""
+        """The prefix as the original has it: for each layer [2 (key, value), prefix, batch, heads, head_dim]."""
         pairs = self.prefix_encoder.key_values(batch_size, dtype)
         return tuple(torch.stack(pair).permute(0, 3, 1, 2, 4).to(device or self.device) for pair in pairs)
 
