@@ -17,7 +17,7 @@ from ..engine.thread import EngineThread
 from .api_errors import APIError, ending_error
 
 MAX_UNREAD = 1 << 20
-"""Bytes of text (and 64 for each token's log-probabilities) that may wait for a slow reader."""
+"""Bytes of text (and 64 for each log-probability) that may wait for a slow reader."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class News:
 
     @property
     def size(self) -> int:
-        return 4 * len(self.text) + 64 * len(self.infos)
+        return 4 * len(self.text) + sum(64 * (1 + len(info.top)) for info in self.infos)
 
 
 class Exchange:
