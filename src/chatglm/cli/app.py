@@ -29,6 +29,8 @@ COMMANDS: dict[str, str] = {
     "info": "What a checkpoint is and how much memory it needs, without loading it.",
     "verify": "Check every file of a checkpoint before it is used.",
     "convert": "Write a checkpoint in today's form: safetensors, slim, with a tuned prefix.",
+    "quantize": "Write a checkpoint in INT8 or INT4; resumes where it was interrupted.",
+    "eval": "What each form of the weights costs: perplexity and agreement against fp32.",
     "bench": "Speed and memory here, beside what this machine could do at best.",
     "doctor": "What this machine has, what would be chosen and why, what is missing.",
 }
@@ -108,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     debug = "--debug" in words[: words.index("--")] if "--" in words else "--debug" in words
     prepare_streams()
     _quiet_warnings(debug)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's waiting threads leave the cores to others
     sys.exit(_run(words, debug))
 
 
