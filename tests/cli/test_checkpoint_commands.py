@@ -28,7 +28,7 @@ def test_info_of_the_embedded_model_needs_no_torch() -> None:
     done = run("info", program=LIST_MODULES)
     assert done.returncode == 0
     assert "torch" not in done.stderr.split()
-    for text in ("44,153,856", "INT8: linears, embedding and head", "slim", "12,344", "research and demonstration"):
+    for text in ("44,153,856", "embedding and head INT8", "slim", "12,344", "research and demonstration"):
         assert text in done.stdout
     assert f"Try: chatglm verify {EMBEDDED_MODEL}" in done.stderr
 
@@ -68,7 +68,7 @@ def test_info_of_a_folder_with_broken_weights_tells_both_and_fails(tmp_path: Pat
     (folder / "pytorch_model.bin").write_bytes(b"version https://git-lfs.github.com/spec/v1\nsize 9000\n")
     done = run("info", folder)
     assert done.returncode == 1
-    assert "quantised   INT4: linears" in done.stdout
+    assert "quantised   INT4, one scale a row (the original's packing), embedding and head as floats" in done.stdout
     assert "Git-LFS pointer" in done.stderr
     assert "Git-LFS pointer" in json.loads(run("info", folder, "--json").stdout)["problem"]
 

@@ -14,7 +14,7 @@ from ..config import ModelConfig, read_config
 from ..errors import CheckpointError, DownloadError, TokenizerError
 from .options import CommonOptions, Revision, Source
 from .source_folder import source_folder
-from .units import human_bytes, plural
+from .units import format_said, human_bytes, plural
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -64,6 +64,7 @@ def released_config(name: str) -> ModelConfig | None:
 def gather(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
     """Facts by name, and what is wrong with the weight files when they cannot be listed."""
     from ..checkpoint import open_checkpoint
+    from ..checkpoint.folder import QUANTIZATION_RECORD, read_json
 
     problem: CheckpointError | None = None
     checkpoint: Checkpoint | None = None
@@ -78,6 +79,7 @@ def gather(folder: Path) -> tuple[dict[str, Any], CheckpointError | None]:
     if checkpoint is not None:
         facts |= _of_files(checkpoint)
     facts |= _of_memory(config)
+    facts["quantization"] = read_json(folder / QUANTIZATION_RECORD)
     facts["tokenizer"] = _of_tokenizer(folder)
     facts["licences"] = [
         {"file": path.name, "sha256": sha256(path)}
@@ -100,7 +102,9 @@ def _of_config(config: ModelConfig) -> dict[str, Any]:
         "rows": config.vocab_size,
         "max_sequence_length": config.max_sequence_length,
         "quantization_bit": config.quantization_bit,
+        "quantization_group_size": config.quantization_group_size,
         "quantization_embeddings": config.quantization_embeddings,
+        "embedding_bits": config.embedding_bits,
         "pre_seq_len": config.pre_seq_len,
         "prefix_projection": config.prefix_projection,
     }
@@ -151,6 +155,18 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def _record_lines(record: dict[str, Any]) -> dict[str, str]:
+    """How the weights were quantised, as their record says; keys that it lacks are left out."""
+    shown = {"  how": ", by ".join(str(record[key]) for key in ("method", "made_by") if key in record)}
+    if text := record.get("calibration"):
+        files = ", ".join(f"{file['file']} ({file['sha256'][:16]}…)" for file in text.get("files", ()))
+        shown["  calibrated on"] = f"{text.get('tokens', 0):,} tokens of {files}, seed {text.get('seed')}"
+    if source := record.get("source"):
+        dtypes = ", ".join(source.get("dtypes", {}))
+        shown["  from"] = f"{source.get('folder')} ({dtypes})"
+    return shown
+
+
 def lines(facts: dict[str, Any]) -> list[str]:
     """The facts as a person reads them."""
     shown = {
@@ -162,8 +178,10 @@ def lines(facts: dict[str, Any]) -> list[str]:
         "context": f"{facts['max_sequence_length']:,} tokens, question and answer together",
     }
     if facts["quantization_bit"]:
-        what = "linears, embedding and head" if facts["quantization_embeddings"] else "linears"
-        shown["quantised"] = f"INT{facts['quantization_bit']}: {what}"
+        bits, size = facts["quantization_bit"], facts["quantization_group_size"]
+        shown["quantised"] = format_said(bits, size, facts["embedding_bits"])
+        if (record := facts.get("quantization")) is not None:
+            shown |= _record_lines(record)
     if facts["pre_seq_len"] is not None:
         projection = "with" if facts["prefix_projection"] else "without"
         shown["tuned prefix"] = f"{facts['pre_seq_len']} vectors, {projection} projection"
