@@ -59,6 +59,12 @@ class Kit:
         )
 
     @functools.cache  # noqa: B019
+    def dot_loop(self) -> int:
+        from .rate import dot_loop
+
+        return self._compile(functools.partial(dot_loop, target=self.target))
+
+    @functools.cache  # noqa: B019
     def gelu(self, columns: int) -> int:
         return self._compile(functools.partial(gelu_in_place, target=self.target, columns=columns))
 
