@@ -133,12 +133,22 @@ def question(text: str, answer: int) -> dict:
     }  # fmt: skip
 
 
+async def running(client, url: str) -> int:
+    """Requests that the server has admitted, once none waits."""
+    text = (await client.get(url + "/metrics")).text
+    counts = {
+        name: float(re.search(rf"num_requests_{name}{{[^}}]*}} (\S+)", text)[1]) for name in ("running", "waiting")
+    }
+    return 0 if counts["waiting"] else int(counts["running"])
+
+
 async def measure_http(url: str, options: argparse.Namespace) -> dict:
     import httpx
 
     unlimited = httpx.Limits(max_connections=2000, max_keepalive_connections=200)
     async with httpx.AsyncClient(timeout=600, limits=unlimited) as client:
         idle: list[dict] = []
+        await one_stream(client, url, question("你好", 2), [])  # warms up
         for number in range(options.probes):
             await one_stream(client, url, question(f"你好 {number}", 2), idle)
         background: list[dict] = []
@@ -154,6 +164,8 @@ async def measure_http(url: str, options: argparse.Namespace) -> dict:
             )
             for i in range(options.clients - 1)
         ]
+        while await running(client, url) < options.clients - 1:  # their first passes are over, all of them write
+            await asyncio.sleep(0.5)
         await asyncio.sleep(options.settle)
         loaded: list[dict] = []
         for number in range(options.probes):
@@ -271,12 +283,12 @@ def fuzz(options: argparse.Namespace) -> dict:
     """schemathesis until the time is over, each round with another seed."""
     from server_process import ServerProcess
 
-    server = ServerProcess("--context-cache", "0", "--legacy-api", "--request-timeout", "20", "--max-waiting", "64")
+    server = ServerProcess("--context-cache", "0", "--max-waiting", "64")
     end, rounds, failures = time.monotonic() + options.seconds, 0, []
     command = [
         str(Path(sys.executable).with_name("schemathesis")), "run", server.url + "/openapi.json",
         "--checks", "not_a_server_error",
-        "--request-timeout", "60", "--max-examples", str(options.examples), "--no-color",
+        "--request-timeout", "300", "--max-examples", str(options.examples), "--no-color",
     ]  # fmt: skip
     try:
         while time.monotonic() < end:
@@ -312,7 +324,7 @@ def main() -> None:
     of_http.add_argument("--server", nargs="*", default=["--context-cache", "0", "--max-running", "65"])
     of_http.add_argument("--clients", type=int, default=64)
     of_http.add_argument("--probes", type=int, default=15)
-    of_http.add_argument("--settle", type=float, default=10)
+    of_http.add_argument("--settle", type=float, default=10, help="seconds after all clients were admitted")
     of_http.add_argument("--rate", type=float, default=0, help="Poisson arrivals a second; 0: none")
     of_http.add_argument("--prompts", type=int, nargs=2, default=[16, 256])
     of_http.add_argument("--answers", type=int, nargs=2, default=[8, 64])
