@@ -34,7 +34,7 @@ def test_every_section_is_there_and_the_exit_code_is_0() -> None:
 def test_json_has_the_same_sections() -> None:
     facts = json.loads(run("doctor", "--json").stdout)
     assert list(facts) == ["software", "devices", "choice", "memory and disk", "optional parts", "settings"]
-    assert facts["choice"]["embedded model"].startswith("float16 on cpu: ")
+    assert facts["choice"]["embedded model"].startswith("float32 on cpu: ")
 
 
 def test_a_missing_part_is_named_with_its_purpose_and_command() -> None:

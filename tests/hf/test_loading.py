@@ -15,7 +15,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import chatglm.hf
 from chatglm.checkpoint import open_checkpoint
+from chatglm.engine.loading import load_model
 from chatglm.errors import CheckpointError, ConfigError
+from chatglm.model.positions import find_layout, positions, prefix_blocked
+from chatglm.quantization.recipe import Recipe
+from chatglm.quantization.writing import quantize_checkpoint
 from golden_vectors import GOLDEN, assert_close, cases
 
 
@@ -193,3 +197,20 @@ def test_the_embedding_can_be_resized() -> None:
     model.resize_token_embeddings(560, **({"mean_resizing": False} if "mean_resizing" in options else {}))
     assert model.config.vocab_size == 560 and model.lm_head.weight is model.transformer.word_embeddings.weight
     assert_close(logits(model)[..., :552], before, 1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_projects_own_group_format_loads_and_saves(bits: int, small_folder: Path, tmp_path: Path) -> None:
+    """Whatever chatglm.load reads, AutoModel reads: the same logits as the native network over the same folder."""
+    quantize_checkpoint(small_folder, tmp_path / "groups", Recipe(bits, group_size=16))
+    native = load_model(tmp_path / "groups", dtype="fp32", device="cpu").model
+    case = cases("base-fp32", "forward")[0]
+    ids = case.inputs["input_ids"]
+    layout = find_layout(ids, native.config)
+    places, blocked = positions(layout, ids.shape[1], native.config), prefix_blocked(layout, ids.shape[1])
+    with torch.no_grad():
+        expected = native(ids, places, blocked)
+    model = AutoModel.from_pretrained(str(tmp_path / "groups")).float()
+    assert_close(logits(model), expected)
+    model.save_pretrained(str(tmp_path / "again"))
+    assert_close(logits(AutoModel.from_pretrained(str(tmp_path / "again")).float()), expected)

@@ -101,7 +101,8 @@ def _choice() -> dict[str, Any]:
     try:
         from ..chat import EMBEDDED_MODEL
         from ..config import ModelConfig, read_config
-        from ..engine.placement import choose_placement, physical_cores
+        from ..engine.loading import place
+        from ..engine.placement import physical_cores
     except (ImportError, OSError) as error:
         return {"none": f"PyTorch does not start: {error}"}
     facts: dict[str, Any] = {}
@@ -109,7 +110,7 @@ def _choice() -> dict[str, Any]:
     if (EMBEDDED_MODEL / "config.json").is_file():
         models["embedded model"] = read_config(EMBEDDED_MODEL / "config.json")
     for name, config in models.items():
-        placement = choose_placement("auto", "auto", config.num_parameters * 4)
+        placement = place(config, "auto", "auto")
         dtype = str(placement.dtype).removeprefix("torch.")
         facts[name] = f"{dtype} on {placement.device}: {placement.reason}"
     facts["threads"] = f"{physical_cores()} (all physical cores; --threads N changes it)"

@@ -69,9 +69,7 @@ def load_model(
     dtype = normalize_dtype(dtype)
     wanted = wanted_form(config, dtype)
     bits = wanted.quantization_bit
-    activations = "auto" if dtype in WEIGHT_FORMATS else dtype
-    fp32_bytes = config.num_parameters * 4
-    placement = choose_placement(device, activations, estimate_memory(config, f"int{bits}") if bits else fp32_bytes)
+    placement = place(config, dtype, device)
 
     form = f"int{bits}" if bits else _NAMES[placement.dtype]
     if group is None:
@@ -91,6 +89,18 @@ def load_model(
     model.requires_grad_(False)
     model.eval()
     return LoadedModel(model, tokenizer, model.config, folder, placement, form)
+
+
+def place(config: ModelConfig, dtype: str, device: str) -> Placement:
+    """Device and float dtype for a stored checkpoint. config: as stored; dtype: as normalize_dtype gives it."""
+    bits = wanted_form(config, dtype).quantization_bit
+    is_expanded = config.quantization_bit != 0 and bits == 0  # scale times code is no fp16 number
+    return choose_placement(
+        device,
+        "auto" if dtype in WEIGHT_FORMATS else dtype,
+        estimate_memory(config, f"int{bits}") if bits else config.num_parameters * 4,
+        is_fp16_exact=bits != 0 or not (is_expanded or config.torch_dtype == "float32"),
+    )
 
 
 def wanted_form(config: ModelConfig, dtype: str) -> ModelConfig:

@@ -82,10 +82,11 @@ def check_room(device: torch.device, needs: Mapping[str, int], form: str) -> Non
     )
 
 
-def choose_placement(device_name: str, dtype_name: str, fp32_bytes: int) -> Placement:
+def choose_placement(device_name: str, dtype_name: str, fp32_bytes: int, *, is_fp16_exact: bool = True) -> Placement:
     """Device, and dtype of the weights that are not quantised.
 
-    fp32_bytes  what the model needs in fp32: on a CPU without native kernels a small one runs faster in it
+    fp32_bytes     what the model needs in fp32: on a CPU without native kernels a small one runs faster in it
+    is_fp16_exact  whether the stored weights are fp16 numbers; others stay fp32 on a CPU
     """
     device, dtype_name = choose_device(device_name), normalize_dtype(dtype_name)
     if dtype_name in DTYPES:
@@ -94,6 +95,8 @@ def choose_placement(device_name: str, dtype_name: str, fp32_bytes: int) -> Plac
         return Placement(device, torch.float16, "fp16 is what the weights were released in")
     if device.type == "mps":
         return Placement(device, torch.float16, "fp16 is native on MPS")
+    if not is_fp16_exact:
+        return Placement(device, torch.float32, "rounding these weights to fp16 would change them")
     if why_not_native(device) is not None and fp32_bytes < SMALL_MODEL_BYTES:
         return Placement(device, torch.float32, "small models run fastest so without native kernels")
     return Placement(device, torch.float16, "the weights were released so; a CPU computes with them in fp32")

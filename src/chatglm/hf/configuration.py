@@ -34,8 +34,18 @@ ORIGINAL_KEYS = (
 )
 """What decides the arithmetic in an original `config.json` (spec/chatglm-6b.md §2)."""
 
-OWN_KEYS = ("rotary_base", "answer_positions", "norm_order", "residual_scale", "qkv_layout", "mlp", "position_encoding")
-"""Switches of other members of the family, kept where a config has them."""
+OWN_KEYS = (
+    "rotary_base",
+    "answer_positions",
+    "norm_order",
+    "residual_scale",
+    "qkv_layout",
+    "mlp",
+    "position_encoding",
+    "quantization_group_size",
+    "quantization_embedding_bit",
+)
+"""Switches beyond the original's: of other members of the family and of the own weight format; kept where set."""
 
 
 class ChatGLMConfig(PretrainedConfig):

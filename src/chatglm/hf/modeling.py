@@ -17,7 +17,7 @@ from ..config import ModelConfig
 from ..model.attention import Attend, plain_attention
 from ..model.glm import GLM, Network
 from ..model.linear import Linear
-from ..quantization import RowQuantizedEmbedding, RowQuantizedLinear, swap_linears
+from ..quantization import QuantizedEmbedding, QuantizedLinear, swap_as_described
 from .attention import fused_attention, recording_attention
 from .cache import CacheForNetwork, ChatGLMCache, as_cache, held_tokens
 from .configuration import ChatGLMConfig
@@ -140,7 +140,7 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
             self.transformer = ChatGLMModel(config)
             self.lm_head: nn.Module = Linear(config.hidden_size, config.vocab_size, bias=False)
         if description.quantization_bit:
-            self._swap(description.quantization_bit, description.quantization_embeddings)
+            self._swap(description)
             self.to_empty(device=device)
         if config.pre_seq_len is not None:
             self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "prefix_encoder"]
@@ -150,7 +150,7 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers: safetensors under the original's names, config.json without links to code."""
         result = super().save_pretrained(save_directory, *args, **kwargs)
-        if isinstance(self.transformer.word_embeddings, RowQuantizedEmbedding):
+        if isinstance(self.transformer.word_embeddings, QuantizedEmbedding):
             # transformers before 5 takes the dtype from the first parameter, here a norm that stays fp32.
             setattr(self.config, DTYPE_KEY, self.dtype)
             self.config.save_pretrained(save_directory)
@@ -180,7 +180,7 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
         if not self.config.tie_word_embeddings:
             return
         table, head = self.transformer.word_embeddings, self.lm_head
-        if isinstance(table, RowQuantizedEmbedding) and isinstance(head, RowQuantizedLinear):
+        if isinstance(table, QuantizedEmbedding) and isinstance(head, QuantizedLinear):
             head.tie(table)
         else:
             head.weight = table.weight
@@ -261,22 +261,24 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
         if self.config.quantization_bit:
             logger.info("Already quantized.")
             return self
-        self._swap(bits, quantize_embeddings)
+        plain: ModelConfig = self.transformer.description
+        self._swap(plain.quantized(bits, 0, bits if quantize_embeddings else 0))
         self.config.quantization_bit = bits
         self.config.quantization_embeddings = quantize_embeddings
         self.transformer.config.quantization_bit = bits
         self.transformer.config.quantization_embeddings = quantize_embeddings
         return self
 
-    def _swap(self, bits: int, embeddings: bool) -> None:
+    def _swap(self, wanted: ModelConfig) -> None:
+        """Linears, and embedding and head where `wanted` says so, into its weight format."""
         plain: ModelConfig = self.transformer.description
-        view = GLM.__new__(GLM)  # the same modules under the package's own class, which `swap_linears` works on
+        view = GLM.__new__(GLM)  # the same modules under the package's own class, which swapping works on
         nn.Module.__init__(view)
         view.config, view.transformer, view.lm_head = plain, self.transformer, cast(Linear, self.lm_head)
-        swap_linears(view, bits, embeddings)
+        swap_as_described(view, wanted)
         self.transformer.config = self.config
         self.lm_head = view.lm_head
-        if embeddings and plain.tied_head:
+        if wanted.embedding_bits and plain.tied_head:
             # transformers' own tying knows parameters only, and these are buffers.
             self._tied_weights_keys = type(TIED_WEIGHTS)()
             self.all_tied_weights_keys: dict[str, str] = {}

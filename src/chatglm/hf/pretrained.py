@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..model.positions import find_layout, positions, prefix_blocked
-from ..quantization import RowQuantizedEmbedding
+from ..quantization import QuantizedEmbedding
 from .configuration import ChatGLMConfig
 from .loading import DTYPE_KEY, fill_new_prefix, report_new_prefix, verify_before_loading
 
@@ -51,7 +51,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def dtype(self) -> torch.dtype:
         """The dtype of the embedding, and so of hidden states on an accelerator."""
         table = self.get_input_embeddings()
-        dtype: torch.dtype = table.dtype_like.dtype if isinstance(table, RowQuantizedEmbedding) else table.weight.dtype
+        dtype: torch.dtype = table.dtype_like.dtype if isinstance(table, QuantizedEmbedding) else table.weight.dtype
         return dtype
 
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,6 +6,7 @@ hidden states of the calibration text, one layer in fp32, and the Hessian of one
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +74,13 @@ class Calibration:
         self.config, self.device = config, device
         self.batches = list(self._batches(examples, embed))
         self.tokens = sum(int(batch.is_real.sum()) for batch in self.batches)
+        if self.tokens < (columns := max(config.hidden_size, config.inner_hidden_size)):
+            warnings.warn(
+                f"{self.tokens:,} tokens of calibration text do not span {columns:,} columns: the result may be worse "
+                "than plain rounding; give more text",
+                UserWarning,
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _batches(self, examples: Sequence[Example], embed: Embed) -> Iterator[_Batch]:
