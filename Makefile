@@ -58,5 +58,5 @@ $(FOR_CHAT): $(INSTALL_INPUTS)
 	@touch $@
 
 $(FOR_TEST): $(INSTALL_INPUTS)
-	@$(INSTALL) --extras chat,cpu,hf,serve --groups dev
+	@$(INSTALL) --extras chat,cpu,hf,serve,web,ray,train,eval --groups dev
 	@touch $@ $(FOR_CHAT)

@@ -88,6 +88,15 @@ class AtTerminal:
         shown, self._seen = self.screen[self._seen : end], end
         return shown
 
+    def wait_for_match(self, pattern: str) -> str:
+        """As `wait_for`, for a regular expression."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while (found := re.compile(pattern).search(self.screen, self._seen)) is None:
+            if not self._read(deadline - time.monotonic()):
+                raise AssertionError(f"nothing like {pattern!r}; the rest of the screen: {self.screen[self._seen :]!r}")
+        shown, self._seen = self.screen[self._seen : found.end()], found.end()
+        return shown
+
     def wait_for_exit(self) -> int:
         """The exit code once the program has ended."""
         deadline = time.monotonic() + TIMEOUT_S

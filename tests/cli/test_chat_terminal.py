@@ -18,6 +18,7 @@ WITHOUT_EDITOR = (
     "import sys; sys.modules['prompt_toolkit'] = None; from chatglm.cli import main; main()",
 )
 EDITORS = {"editor": PROGRAM, "plain line": WITHOUT_EDITOR}
+ANSWER_BEGUN = r"\n(?!loading)[^\n]*\w"  # a line of text after the line that was typed
 CTRL_C, CTRL_D, ENTER = "\x03", "\x04", "\r"
 
 
@@ -39,7 +40,7 @@ def test_interrupt_stops_the_answer_keeps_the_conversation_and_then_leaves(
         chat.wait_for(PROMPT)
         chat.type("介绍一下北京" + ENTER)
         chat.wait_for("北京")  # what was typed
-        chat.wait_for("。")  # the answer has begun
+        chat.wait_for_match(ANSWER_BEGUN)
         chat.type(CTRL_C)
         chat.wait_for("(stopped)")
         chat.wait_for(PROMPT)
@@ -110,7 +111,7 @@ def test_keys_typed_during_an_answer_wait_for_the_next_prompt(tmp_path: Path) ->
         chat.wait_for(PROMPT)
         chat.type("介绍一下北京" + ENTER)
         chat.wait_for("北京")
-        chat.wait_for("。")
+        chat.wait_for_match(ANSWER_BEGUN)
         chat.type("/undo" + ENTER)
         answer = chat.wait_for(PROMPT)
         assert "/undo" not in answer
