@@ -29,6 +29,10 @@ def serve(
     legacy_api: Annotated[
         bool, typer.Option("--legacy-api", help="Also the original's POST /", envvar="CHATGLM_LEGACY_API")
     ] = False,
+    web: Annotated[bool, typer.Option("--web", help="Also the chat page", envvar="CHATGLM_WEB")] = False,
+    web_path: Annotated[
+        str, typer.Option("--web-path", help="Where the page is", envvar="CHATGLM_WEB_PATH")
+    ] = "/chat",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON", envvar="CHATGLM_LOG_JSON")] = False,
     metrics_prefix: Annotated[
         str, typer.Option("--metrics-prefix", help="chatglm, or vllm for dashboards made for it")
@@ -53,6 +57,8 @@ def serve(
             limits,
             served_model_name=served_model_name,
             legacy_api=legacy_api,
+            web=web,
+            web_path=web_path,
             log_json=log_json,
             metrics_prefix=metrics_prefix,
             enable_faults=enable_faults,

@@ -47,6 +47,10 @@ def build_app(backend: Backend, log: RequestLog) -> Border:
     app.add_exception_handler(ClientGone, _client_gone)
     app.add_exception_handler(Exception, _internal_error)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
+    if backend.settings.web:
+        from .page.mounting import mount_page  # gradio is another extra
+
+        return Border(mount_page(app, backend), backend, log)
     return Border(app, backend, log)
 
 

@@ -156,7 +156,7 @@ def run_server(backend: Backend, listener: socket.socket, log: RequestLog) -> in
         build_app(backend, log),
         http=protocol,
         ws="none",
-        lifespan="off",
+        lifespan="on" if settings.web else "off",  # the page has one
         log_config=None,
         access_log=False,
         server_header=False,

@@ -36,6 +36,7 @@ class ServerSettings:
     api_keys         key → name; empty: everybody may come in
     allow_no_key     bind to other than loopback without a key
     trusted_proxies  addresses whose X-Forwarded-For is believed
+    web_path         where the chat page is, if `web`
     faults           JSON of faults to inject; refused unless enable_faults (tests)
     """
 
@@ -62,6 +63,8 @@ class ServerSettings:
     served_model_name: str = "chatglm"
     metrics_prefix: str = "chatglm"
     faults: str | None = None
+    web: bool = False
+    web_path: str = "/chat"
 
     def __post_init__(self) -> None:
         if not self.is_loopback and not self.api_keys and not self.allow_no_key:
@@ -77,6 +80,9 @@ class ServerSettings:
         for origin in self.cors_origins:
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
                 raise RequestError(f"--cors-origin is {origin!r}; it must be an exact origin like https://example.org")
+
+        if not re.fullmatch(r"/[A-Za-z0-9_-]{1,64}", self.web_path) or self.web_path in ("/v1", "/health", "/ready"):
+            raise RequestError(f"--web-path is {self.web_path!r}; it must be one name like /chat")
 
     @property
     def is_loopback(self) -> bool:

@@ -1,0 +1,180 @@
+"""What happens when something is pressed: each event takes the conversation from the browser and gives it back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from ..api_errors import APIError
+from ..backend import Backend, Owner
+from .answering import LiveAnswers, answer, no_owner
+from .layout import Parts, defaults
+from .rendering import messages, status_line, thumbs
+from .talk import Talk, Variant, read_talk
+from .words import error_text, word
+
+Shown = dict[Any, Any]
+"""New values by component; those that are missing stay."""
+
+
+class Events:
+    """The page's behaviour over a backend."""
+
+    def __init__(self, backend: Backend, parts: Parts, live: LiveAnswers) -> None:
+        self._backend, self._parts, self._live = backend, parts, live
+
+    # Showing
+
+    def show(self, talk: Talk, language: str) -> Shown:
+        """Everything that follows from the conversation."""
+        parts = self._parts
+        last = talk.rounds[-1] if talk.rounds else None
+        count = len(last.variants) if last is not None else 0
+        has_choice = count > 1
+        number = min(last.chosen, count - 1) + 1 if last is not None and count else 0
+        return {
+            parts.talk: talk.model_dump_json(),
+            parts.chat: gr.update(value=messages(talk, language), feedback_value=thumbs(talk)),
+            parts.status: status_line(last.answer if last else None, self._backend.context, language),
+            parts.system: talk.system,
+            parts.name: talk.title,
+            parts.regenerate: gr.update(interactive=last is not None),
+            parts.undo: gr.update(interactive=last is not None),
+            parts.previous: gr.update(visible=has_choice, interactive=number > 1),
+            parts.next: gr.update(visible=has_choice, interactive=number < count),
+            parts.place: gr.update(visible=has_choice, value=f"{number} / {count}"),
+            parts.prefer: gr.update(visible=has_choice and self._backend_has_store()),
+            **self._busy(False),
+        }
+
+    def _backend_has_store(self) -> bool:
+        return False
+
+    def _busy(self, is_busy: bool) -> Shown:
+        parts = self._parts
+        return {
+            parts.send: gr.update(visible=not is_busy),
+            parts.stop: gr.update(visible=is_busy),
+            **{part: gr.update(interactive=not is_busy) for part in (parts.talks, parts.new, parts.delete)},
+        }
+
+    async def open(self, text: str, language: str) -> Shown:
+        """A conversation that the browser has loaded, or a new one."""
+        try:
+            return self.show(read_talk(text), language)
+        except APIError as error:
+            return {**self.show(Talk(), language), self._parts.status: f"⚠️ {error.message}"}
+
+    # Asking
+
+    async def ask(
+        self, request: gr.Request, text: str, question: str, system: str, language: str, *sampling: Any
+    ) -> AsyncIterator[Shown]:
+        """A new question at the end."""
+        talk = read_talk(text)
+        if not question.strip():
+            yield {self._parts.status: word("needs_question", language)}
+            return
+        talk.system = system or ""
+        talk.add_question(question)
+        async for shown in self._answer(talk, language, sampling, request, {self._parts.question: ""}):
+            yield shown
+
+    async def regenerate(
+        self, request: gr.Request, text: str, system: str, language: str, *sampling: Any
+    ) -> AsyncIterator[Shown]:
+        """Another variant of the last answer."""
+        talk = read_talk(text)
+        if not talk.rounds:
+            return
+        talk.system = system or ""
+        async for shown in self._answer(talk, language, sampling, request, {}):
+            yield shown
+
+    async def edit(
+        self, event: gr.EditData, request: gr.Request, text: str, system: str, language: str, *sampling: Any
+    ) -> AsyncIterator[Shown]:
+        """A question is changed: a new conversation goes on from there, the old one stays as it was."""
+        talk = read_talk(text)
+        number = message_number(event.index) // 2
+        if not 0 <= number < len(talk.rounds):
+            return
+        forked = talk.fork(number, str(event.value))
+        forked.system = system or ""
+        async for shown in self._answer(forked, language, sampling, request, {}):
+            yield shown
+
+    async def _answer(
+        self, talk: Talk, language: str, sampling: tuple[Any, ...], request: gr.Request, first: Shown
+    ) -> AsyncIterator[Shown]:
+        parts, round = self._parts, talk.rounds[-1]
+        asked = talk.messages_before(len(talk.rounds) - 1)
+        before = list(round.variants)
+        round.variants = []
+        waiting = messages(talk, language, is_waiting=True)
+        yield {
+            parts.chat: gr.update(value=waiting),
+            parts.status: word("waiting", language),
+            **self._busy(True),
+            **first,
+        }
+        variant = Variant(model=self._backend.model_name)
+        try:
+            names = list(defaults(self._backend.context))
+            ordered = ("temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
+            assert set(names) == set(ordered)
+            settings = {name: whole(value) for name, value in zip(ordered, sampling, strict=True)}
+            session = str(request.session_hash)
+            async for variant in answer(self._backend, self._live, owner_of(request), session, asked, settings):
+                round.variants = [variant]
+                yield {
+                    parts.chat: gr.update(value=messages(talk, language)),
+                    parts.status: status_line(variant, self._backend.context, language),
+                }
+        except APIError as error:
+            variant.error = error.code if error_text(error.code, "", language) else error.message
+        round.variants = [*before, variant]
+        round.chosen = len(before)
+        yield self.show(talk, language)
+
+    async def stop(self, request: gr.Request) -> None:
+        """End this page's answers; what they have so far stays."""
+        self._live.cancel(str(request.session_hash))
+
+    # Changing
+
+    async def undo(self, text: str, language: str) -> Shown:
+        """Take the last round back; its question can be changed and sent again."""
+        talk = read_talk(text)
+        if not talk.rounds:
+            return {}
+        question = talk.rounds.pop().question
+        return {**self.show(talk, language), self._parts.question: question}
+
+    async def step(self, text: str, language: str, by: int) -> Shown:
+        """Show the variant before or after."""
+        talk = read_talk(text)
+        if talk.rounds:
+            last = talk.rounds[-1]
+            last.chosen = max(0, min(last.chosen + by, len(last.variants) - 1))
+        return self.show(talk, language)
+
+
+def owner_of(request: gr.Request) -> Owner:
+    """Who asks, as the border found out. Raises APIError 401 when it did not."""
+    owner = getattr(request.request.state, "owner", None) if request.request is not None else None
+    if not isinstance(owner, Owner):
+        raise no_owner()
+    return owner
+
+
+def message_number(index: Any) -> int:
+    """Of a message in the chat; Gradio gives a number, or a pair for a part of a message."""
+    return int(index[0] if isinstance(index, list | tuple) else index)
+
+
+def whole(value: Any) -> Any:
+    """Sliders give 3.0 where a field wants 3."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -1,0 +1,53 @@
+"""The page put on the server's application."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from ..backend import Backend
+from .gate import Gate
+
+ASSETS = Path(__file__).parent
+
+
+def mount_page(app: FastAPI, backend: Backend) -> Gate:
+    """The application with the page at `settings.web_path`, behind its gate."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    import gradio as gr
+
+    from .answering import LiveAnswers
+    from .events import Events
+    from .layout import lay_out
+    from .wiring import wire
+    from .words import translations
+
+    path = backend.settings.web_path
+    live = LiveAnswers()
+    i18n = gr.I18n(**translations())
+    with gr.Blocks(title="ChatGLM", analytics_enabled=False, fill_height=True) as blocks:
+        parts = lay_out(i18n, backend.context, with_feedback=False)
+        wire(blocks, parts, Events(backend, parts, live))
+    blocks.queue(max_size=None, default_concurrency_limit=None, api_open=False)
+    script = (ASSETS / "page.js").read_text(encoding="utf-8")
+    gr.mount_gradio_app(
+        app,
+        blocks,
+        path,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        i18n=i18n,
+        theme=gr.themes.Default(),
+        css=(ASSETS / "page.css").read_text(encoding="utf-8"),
+        allowed_paths=[],
+        blocked_paths=["/"],
+        max_file_size=0,
+    )
+    return Gate(app, path, backend, live, script)

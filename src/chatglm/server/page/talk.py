@@ -1,0 +1,125 @@
+"""Talk: one saved conversation, as the browser keeps it and sends it along.
+
+The server keeps none of it. What comes from a browser is checked here before anything else sees it.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import uuid
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..api_errors import APIError
+
+MAX_TEXT = 1 << 18
+TITLE_LENGTH = 24
+
+
+def uuid7(milliseconds: int | None = None) -> str:
+    """A UUID of version 7: ids sort by time, and two processes never make the same one (RFC 9562 §5.7)."""
+    at = time.time_ns() // 1_000_000 if milliseconds is None else milliseconds
+    value = (at & (1 << 48) - 1) << 80 | secrets.randbits(80)
+    value = value & ~(0xF << 76) | 7 << 76
+    value = value & ~(0x3 << 62) | 2 << 62
+    return str(uuid.UUID(int=value))
+
+
+class _Kept(BaseModel):
+    model_config = ConfigDict(extra="ignore", validate_assignment=False)
+
+
+class Opinion(_Kept):
+    """What the reader said about an answer; a copy of what is in the feedback store."""
+
+    thumb: int | None = None
+    rating: int | None = None
+    correction: str | None = Field(default=None, max_length=MAX_TEXT)
+    preferred_over: str | None = None
+    tags: list[str] = Field(default_factory=list, max_length=16)
+    comment: str | None = Field(default=None, max_length=MAX_TEXT)
+
+
+class Variant(_Kept):
+    """One answer to a question. Regenerating adds another; none is lost."""
+
+    id: str = Field(default_factory=uuid7, max_length=64)
+    text: str = Field(default="", max_length=MAX_TEXT)
+    finish: str = ""
+    error: str | None = None
+    request_id: str = ""
+    model: str = ""
+    fingerprint: str = ""
+    prompt_hash: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    dropped_rounds: int = 0
+    latency_ms: int = 0
+    tokens_per_s: float = 0.0
+    created_at: int = 0
+    sampling: dict[str, Any] = Field(default_factory=dict)
+    opinion: Opinion | None = None
+
+
+class Round(_Kept):
+    """A question and its answers; `chosen` is the one that is shown and that later questions build on."""
+
+    question: str = Field(max_length=MAX_TEXT)
+    variants: list[Variant] = Field(default_factory=list, max_length=64)
+    chosen: int = 0
+
+    @property
+    def answer(self) -> Variant | None:
+        """The chosen variant."""
+        return self.variants[max(0, min(self.chosen, len(self.variants) - 1))] if self.variants else None
+
+
+class Talk(_Kept):
+    """Rounds oldest first."""
+
+    id: str = Field(default_factory=uuid7, max_length=64)
+    title: str = Field(default="", max_length=256)
+    is_named: bool = False
+    created_at: int = Field(default_factory=lambda: time.time_ns() // 1_000_000)
+    system: str = Field(default="", max_length=MAX_TEXT)
+    rounds: list[Round] = Field(default_factory=list, max_length=512)
+
+    def add_question(self, question: str) -> Round:
+        """A new round at the end; the first question names the conversation."""
+        if not self.is_named and not self.rounds:
+            self.title = " ".join(question.split())[:TITLE_LENGTH]
+        self.rounds.append(Round(question=question))
+        return self.rounds[-1]
+
+    def fork(self, number: int, question: str) -> Talk:
+        """A new conversation that is this one up to round `number`, which asks `question` instead."""
+        title = f"{self.title[:TITLE_LENGTH]} ✎" if number or self.is_named else ""
+        kept = [round.model_copy(deep=True) for round in self.rounds[:number]]
+        forked = Talk(title=title, is_named=bool(title) and self.is_named, system=self.system, rounds=kept)
+        forked.add_question(question)
+        return forked
+
+    def messages_before(self, number: int) -> list[dict[str, str]]:
+        """What the API is asked for round `number`: system text, earlier rounds that have an answer, the question."""
+        found = [{"role": "system", "content": self.system}] if self.system.strip() else []
+        for round in self.rounds[:number]:
+            if round.answer is not None and round.answer.error is None:
+                found.append({"role": "user", "content": round.question})
+                found.append({"role": "assistant", "content": round.answer.text})
+        found.append({"role": "user", "content": self.rounds[number].question})
+        return found
+
+
+def read_talk(text: str | None) -> Talk:
+    """From the browser. Raises APIError 400 for what no page of ours has written."""
+    if not text:
+        return Talk()
+    try:
+        return Talk.model_validate_json(text)
+    except ValidationError as error:
+        place = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise APIError(
+            400, "invalid_value", f"the saved conversation cannot be read ({place[:64]})", param="talk"
+        ) from None
