@@ -48,8 +48,8 @@ def engine(options: argparse.Namespace) -> dict:
     from chatglm.chat import EMBEDDED_MODEL
     from chatglm.engine.loading import load_model
     from chatglm.engine.sampling import SamplingParams
-    from chatglm.engine.serving import EngineLimits
-    from chatglm.engine.serving_setup import engine_builder
+    from chatglm.engine.serving_setup import EngineBuilder
+    from chatglm.engine.serving_state import EngineLimits
     from chatglm.engine.stream import Choices, make_group
 
     torch.set_num_threads(options.threads)
@@ -57,7 +57,7 @@ def engine(options: argparse.Namespace) -> dict:
     limits = EngineLimits(
         context_cache_s=0, max_running=max(options.batches), queue_timeout_s=1e9, request_timeout_s=1e9
     )
-    build = engine_builder(loaded, limits, int(options.kv_memory * 1e9) if options.kv_memory else None)
+    build = EngineBuilder(loaded, limits, int(options.kv_memory * 1e9) if options.kv_memory else None)
     params = SamplingParams(temperature=0)
     prompt = loaded.tokenizer.encode_context("你好，" * (options.prompt // 2))[: options.prompt - 2]
     prompt = [*prompt[:-2], loaded.tokenizer.gmask_id, loaded.tokenizer.sop_id]

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from chatglm.engine.kv_cache import BLOCK_SIZE, KVCache
 from chatglm.engine.row_runner import RowRunner
 from chatglm.engine.sampling import SamplingParams
-from chatglm.engine.serving import EngineLimits, ServingEngine
+from chatglm.engine.serving import ServingEngine
 from chatglm.engine.serving_sampler import ServingSampler
+from chatglm.engine.serving_state import EngineLimits
 from chatglm.engine.stream import Choices, Group, Stream
 from chatglm.errors import RequestError
 
@@ -40,13 +41,13 @@ def group_of(base, number: int, length: int, max_new: int, n: int = 1, temperatu
     return Group(f"g{number}", f"key{number % 3}", streams, float(number))
 
 
-def engine_of(base, blocks: int, rows: int = 4, budget: int = 20, cache_s: float = 0.0) -> ServingEngine:
+def engine_of(base, blocks: int, rows: int = 4, budget: int = 20, cache_s: float = 0.0, **more) -> ServingEngine:
     cache = KVCache(base.config, blocks * BLOCK_SIZE, base.dtype, base.device)
     cache.keys[:, BLOCK_SIZE:] = torch.nan  # reading a slot that nobody wrote shows
     cache.values[:, BLOCK_SIZE:] = torch.nan
     limits = EngineLimits(
         max_running=8, decode_rows=rows, prefill_budget=budget, context_cache_s=cache_s,
-        queue_timeout_s=1e9, request_timeout_s=1e9,
+        queue_timeout_s=1e9, request_timeout_s=1e9, **more,
     )  # fmt: skip
     return ServingEngine(
         RowRunner(base, cache), ServingSampler(None, base.config.eos_token_id), limits, clock=lambda: 0.0
@@ -79,9 +80,10 @@ SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(1, 3), st
     cancelled=st.sets(st.integers(0, 7), max_size=2),
     blocks=st.integers(15, 40),
     rows=st.integers(1, 8),
+    preempt=st.sampled_from(["recompute", "swap"]),
 )
-def test_every_schedule_gives_solo_tokens_and_returns_all_blocks(base, shapes, waits, cancelled, blocks, rows):
-    engine = engine_of(base, blocks, rows)
+def test_every_schedule_gives_solo_tokens_and_returns_all_blocks(base, shapes, waits, cancelled, blocks, rows, preempt):
+    engine = engine_of(base, blocks, rows, preempt=preempt)
     groups = [group_of(base, number, *shape) for number, shape in enumerate(shapes)]
     accepted = []
     endings: dict[Stream, int] = {}

@@ -74,7 +74,7 @@ def test_a_queued_client_that_leaves_is_never_computed(start):
 
 
 def test_a_client_that_leaves_during_its_prefill_is_dropped_at_the_next_slice(start):
-    server = start("--context-cache", "0", faults={"step_delay": 0.15})
+    server = start("--context-cache", "0", "--prefill-budget", "400", faults={"step_delay": 0.15})
     long = [{"role": "user", "content": "很长的一段话，" * 120}]
     made = server.metric("generation_tokens")
     with open_request(server, {**LONG, "messages": long, "max_tokens": 8}):

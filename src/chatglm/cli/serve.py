@@ -30,10 +30,11 @@ def serve(
         bool, typer.Option("--legacy-api", help="Also the original's POST /", envvar="CHATGLM_LEGACY_API")
     ] = False,
     web: Annotated[bool, typer.Option("--web", help="Also the chat page", envvar="CHATGLM_WEB")] = False,
-    web_path: Annotated[
-        str, typer.Option("--web-path", help="Where the page is", envvar="CHATGLM_WEB_PATH")
-    ] = "/chat",
+    web_path: Annotated[str, typer.Option("--web-path", help="Where the page is", envvar="CHATGLM_WEB_PATH")] = "/chat",
     log_json: Annotated[bool, typer.Option("--log-json", help="Log lines as JSON", envvar="CHATGLM_LOG_JSON")] = False,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Prompts and answers into the log", envvar="CHATGLM_LOG_PROMPTS")
+    ] = False,
     metrics_prefix: Annotated[
         str, typer.Option("--metrics-prefix", help="chatglm, or vllm for dashboards made for it")
     ] = "chatglm",
@@ -60,6 +61,7 @@ def serve(
             web=web,
             web_path=web_path,
             log_json=log_json,
+            log_prompts=log_prompts,
             metrics_prefix=metrics_prefix,
             enable_faults=enable_faults,
         )

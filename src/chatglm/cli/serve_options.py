@@ -38,6 +38,13 @@ class LimitOptions:
     context_cache: Annotated[
         float, _option("--context-cache", "Keep a context for a repeat; 0 is off [60]", metavar="S")
     ] = 60
+    preempt: Annotated[
+        str, _option("--preempt", "Without room, recompute later or swap to host memory [recompute]", metavar="HOW")
+    ] = "recompute"
+    prefill_budget: Annotated[
+        int | None, _option("--prefill-budget", "Tokens x layers of a slice of a first pass [measured]", metavar="N")
+    ] = None
+    deterministic: Annotated[bool, _option("--deterministic", "Answers do not depend on who else asks; slower")] = False
 
 
 @dataclass(frozen=True)

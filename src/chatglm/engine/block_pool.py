@@ -27,6 +27,11 @@ class BlockPool:
         self._owners: dict[int, int] = {}
 
     @property
+    def block_bytes(self) -> int:
+        """Keys and values of one block in all layers."""
+        return self.cache.num_bytes // (self.cache.num_blocks + 1)
+
+    @property
     def num_used(self) -> int:
         """Blocks with at least one owner."""
         return len(self._owners)

@@ -50,6 +50,11 @@ class ContextCache:
         return len(self._held)
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of all contexts; choices that run may own some of them too."""
+        return sum(len(context.blocks) for context in list(self._held.values()))
+
+    @property
     def is_on(self) -> bool:
         return self._keep_s > 0
 

@@ -251,7 +251,7 @@ class GraphRunner(Runner):
         return sequence.mask_place, 0, 0, 0
 
     def _bucket(self, count: int) -> int:
-        return next(bucket for bucket in BUCKETS if bucket >= count)
+        return next(bucket for bucket in BUCKETS if bucket >= max(count, self.least_rows))
 
     def _run(self, count: int, *, forget: bool = True) -> Tensor:
         """One decode step over the staged rows. `forget`: a step that ran ahead no longer holds."""

@@ -50,11 +50,20 @@ class KVCache:
             ) from error
         self.keys[:, :BLOCK_SIZE].zero_()
         self.values[:, :BLOCK_SIZE].zero_()
+        self.clear()
+
+    def clear(self) -> None:
+        """All blocks are free; nobody may use what was allocated before."""
         self._free = list(range(1, self.num_blocks + 1))  # sorted, so that neighbours are found
 
     @property
     def num_free_tokens(self) -> int:
         return len(self._free) * BLOCK_SIZE
+
+    @property
+    def num_bytes(self) -> int:
+        """Of keys and values in all layers."""
+        return 2 * self.keys.numel() * self.keys.element_size()
 
     @property
     def capacity(self) -> int:

@@ -18,7 +18,15 @@ from .sequence import Sequence
 
 
 class Runner:
-    """Runs `model` over `cache`. Its results, fp32 logits [batch, vocab], are those of each sequence's last token."""
+    """Runs `model` over `cache`. Its results, fp32 logits [batch, vocab], are those of each sequence's last token.
+
+    least_rows    rows of the smallest decode step; missing ones are scratch
+    least_length  length that keys are padded to at least. Both give every step one shape, so that a row's result does
+                  not depend on who else runs
+    """
+
+    least_rows = 1
+    least_length = 1
 
     def __init__(self, model: GLM, cache: KVCache, attend: Attend = sdpa_attention) -> None:
         self.model = model
@@ -59,7 +67,12 @@ class Runner:
         tables = [s.slots[: s.cached + 1] for s in sequences]
         for sequence in sequences:
             sequence.cached += 1
-        return self.step(tokens, tables, sequences)
+        missing = self.least_rows - len(sequences)
+        if missing <= 0:
+            return self.step(tokens, tables, sequences)
+        owners = [*sequences, *[sequences[-1]] * missing]
+        tables += [[0] * (self.prefix_length + 1)] * missing
+        return self.step(torch.cat((tokens, tokens.new_zeros(missing))), tables, owners)[:-missing]
 
     def decode_and_sample(self, sequences: list[Sequence], sampler: Sampler) -> Samples:
         """One step, and a token for each sequence."""
@@ -75,7 +88,7 @@ class Runner:
         """
         device = self.model.device
         lengths = [len(table) for table in tables]
-        longest = max(lengths)
+        longest = max(*lengths, self.least_length)
         blocked: Tensor | None = None
         if min(lengths) < longest:
             held = torch.tensor(lengths, device=device)
@@ -127,7 +140,7 @@ class Runner:
 def _read_slots(tables: list[list[int]], longest: int, device: torch.device) -> Tensor | slice:
     """The slots to read, [batch, longest] with scratch slots at the end; a slice where one table is a run."""
     table = tables[0]
-    is_run = table[-1] - table[0] == longest - 1 and all(b - a == 1 for a, b in itertools.pairwise(table))
+    is_run = len(table) == longest and all(b - a == 1 for a, b in itertools.pairwise(table))
     if len(tables) == 1 and is_run:
         return slice(table[0], table[-1] + 1)
     return torch.tensor([row + [0] * (longest - len(row)) for row in tables], device=device)

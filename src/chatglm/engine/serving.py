@@ -3,14 +3,15 @@
 Requests join and leave at every step. A step is either one slice of a first pass or one decode step, so no long prompt
 holds up running answers, and no batch holds up a short prompt. Cache blocks are taken as tokens come; when none is
 left, kept contexts go first and then the request whose loss costs least, which later resumes with the same tokens.
+A first pass that runs out of memory is tried once more, alone and with all kept contexts gone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..errors import RequestError
@@ -21,74 +22,19 @@ from .kv_cache import BLOCK_SIZE
 from .row_runner import Prefill, begin_prefill
 from .runner import Runner
 from .serving_sampler import Chosen, ServingSampler
-from .stream import Group, Stream, TokenInfo
+from .serving_state import Counters, EngineLimits, Pending, StreamEvent
+from .stream import Group, Stream
+from .swapping import SwappedBlocks
 
 AGED_S = 2.0
 """A first pass that has waited so long is not overtaken any more, nor a request at the head of its queue."""
 
 ADMITTED = ("prefilling", "running")
 
+DEFAULT_BUDGET = 1 << 20
+
 MAX_PREFILLS = 8
 """First passes that may be under way at once; each holds the hidden states of its context."""
-
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Sizes and times of a serving engine; times in seconds.
-
-    decode_rows     sequences of one decode step; the others have theirs in the next
-    prefill_budget  tokens times layers of one slice of a first pass
-    context_cache_s how long a finished context is kept; 0 keeps none
-    pool_blocks     use only so many cache blocks (tests)
-    """
-
-    max_running: int = 64
-    decode_rows: int = 64
-    prefill_budget: int = 1 << 20
-    queue_timeout_s: float = 60.0
-    request_timeout_s: float = 600.0
-    context_cache_s: float = 60.0
-    pool_blocks: int | None = None
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """News of one choice: text that cannot change any more, the tokens behind it, and how it ended."""
-
-    group: Group
-    stream: Stream
-    text: str
-    infos: list[TokenInfo]
-    finish: str | None = None
-    code: str | None = None
-
-
-@dataclass
-class Counters:
-    """Since the engine was made."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    context_hits: int = 0
-    iteration_tokens: list[int] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Pending:
-    """A first pass under way: which streams it fills, and whose."""
-
-    streams: list[Stream]
-    groups: list[Group]
-    since: float
-    prefill: Prefill | None = None
-
-    def work_left(self, num_layers: int) -> int:
-        """Tokens times layers."""
-        if self.prefill is not None:
-            return self.prefill.work_left
-        return num_layers * sum(stream.num_tokens for stream in self.streams)
 
 
 class ServingEngine:
@@ -113,6 +59,8 @@ class ServingEngine:
         self.running: list[Stream] = []
         self.groups: dict[str, Group] = {}
         self.counters = Counters()
+        self.prefill_budget = self.limits.prefill_budget or DEFAULT_BUDGET
+        self._keeps_copies = self.limits.preempt == "swap" or self.limits.deterministic
         self._owners: dict[Stream, Group] = {}
         self._clock = clock
         self._change_logits = change_logits
@@ -160,6 +108,25 @@ class ServingEngine:
     def cache_usage(self) -> float:
         """Share of the pool's blocks that somebody owns."""
         return self.pool.num_used / self.pool.num_blocks
+
+    @property
+    def num_used_bytes(self) -> int:
+        """Of the cache, in blocks that somebody owns."""
+        return self.pool.num_used * self.pool.block_bytes
+
+    @property
+    def num_context_bytes(self) -> int:
+        """Of the cache, in blocks of kept contexts."""
+        return self.contexts.num_blocks * self.pool.block_bytes
+
+    @property
+    def num_swapped_bytes(self) -> int:
+        """Host memory that preempted requests lie in."""
+        return sum(group.swapped.num_bytes for group in list(self.groups.values()) if group.swapped is not None)
+
+    def begin_pass(self, streams: list[Stream]) -> Prefill:
+        """A first pass, which `advance` runs slice by slice."""
+        return begin_prefill(self.runner, list(streams))
 
     # A step
 
@@ -212,17 +179,28 @@ class ServingEngine:
         if admitted and admitted + len(live) > self.limits.max_running:
             return False
         context = self.contexts.find(group, now) if group.is_fresh else None
-        if group.is_fresh:
+        swapped, spares = group.swapped, len(live)
+        if swapped is not None:
+            wanted = [swapped.num_blocks]
+        elif group.is_fresh:
             wanted = [0 if context else blocks_for(group.num_prompt_tokens)]
         else:
             wanted = [blocks_for(stream.num_tokens) for stream in live]
-        blocks = self._take_blocks(sum(wanted) + len(live))
+        if not group.is_fresh:  # never more than it can come to need, which `check` has found to fit
+            spares = min(spares, group.most_blocks - sum(wanted))
+        blocks = self._take_blocks(sum(wanted) + spares)
         if blocks is None:
             return False
         self.waiting.remove(group)
-        self._note_admission(group, now, hit=context is not None)
+        self._note_admission(group, now, is_computed=context is None and swapped is None)
         group.spare, blocks = blocks[sum(wanted) :], blocks[: sum(wanted)]
+        if swapped is not None:
+            group.state, group.swapped = "running", None
+            swapped.restore(self.pool, blocks)
+            self.running += live
+            return True
         if context is not None:
+            self._note_hit(group)
             group.state = "running"
             self._fork(group, context, context.logits)
             return True
@@ -238,23 +216,25 @@ class ServingEngine:
         """Short contexts that wait together run as one pass, if that still is a single slice."""
         tokens = sum(stream.num_tokens for stream in streams)
         layers = self.runner.model.config.num_layers
-        for held in self.pending:
-            is_untouched = held.prefill is None
-            if is_untouched and held.work_left(layers) + tokens * layers <= self.limits.prefill_budget:
+        runs_alone = self.limits.deterministic or group.retried
+        for held in [] if runs_alone else self.pending:
+            is_open = held.prefill is None and not any(other.retried for other in held.groups)
+            if is_open and held.work_left(layers) + tokens * layers <= self.prefill_budget:
                 held.streams.extend(streams)
                 held.groups.append(group)
                 return
         self.pending.append(Pending(list(streams), [group], now))
 
-    def _note_admission(self, group: Group, now: float, *, hit: bool) -> None:
+    def _note_admission(self, group: Group, now: float, *, is_computed: bool) -> None:
         if group.admitted is None:
             group.admitted = now
             self.counters.prompt_tokens += group.num_prompt_tokens
-            if hit:
-                self.counters.context_hits += 1
-                group.cached_tokens = group.num_prompt_tokens
-        if not hit:
+        if is_computed:
             self.waiting.charge(group.key, group.num_prompt_tokens)
+
+    def _note_hit(self, group: Group) -> None:
+        self.counters.context_hits += 1
+        group.cached_tokens = group.num_prompt_tokens
 
     # First passes
 
@@ -265,12 +245,36 @@ class ServingEngine:
         layers = self.runner.model.config.num_layers
         held = oldest if is_aged else min(self.pending, key=lambda held: held.work_left(layers))
         before = held.work_left(layers)
-        if held.prefill is None:
-            held.prefill = begin_prefill(self.runner, list(held.streams))
-        logits = held.prefill.advance(self.limits.prefill_budget)
-        self.counters.iteration_tokens.append((before - held.prefill.work_left) // layers)
-        if logits is None:
+        try:
+            held.prefill = held.prefill or self.begin_pass(held.streams)
+            logits = held.prefill.advance(self.prefill_budget)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._try_alone(held)
             return
+        self.counters.iteration_tokens.observe((before - held.prefill.work_left) / layers)
+        if logits is not None:
+            self._pass_is_over(held, logits, now)
+
+    def _try_alone(self, held: Pending) -> None:
+        """A pass ran out of memory: give up what can be, and run each request of it alone; the second time it ends."""
+        self.counters.out_of_memory += 1
+        self.pending.remove(held)
+        held.prefill = None
+        self.contexts.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        for group in held.groups:
+            if group.retried:
+                self._end_group(group, "error", "overloaded")
+            else:
+                group.retried = True
+                streams = [stream for stream in held.streams if self._owners[stream] is group]
+                self.pending.append(Pending(streams, [group], held.since))
+
+    def _pass_is_over(self, held: Pending, logits: Tensor, now: float) -> None:
+        """Its streams go on to decode steps, with their first token from these logits."""
         self.pending.remove(held)
         for group in held.groups:
             group.state = "running"
@@ -326,7 +330,7 @@ class ServingEngine:
             return
         for stream in batch:
             stream.turn = self.counters.steps
-        self.counters.iteration_tokens.append(len(batch))
+        self.counters.iteration_tokens.observe(len(batch))
         self._take(self.runner.decode(list(batch)), batch)
 
     def _grow(self, stream: Stream) -> bool:
@@ -362,6 +366,8 @@ class ServingEngine:
     def _preempt(self, group: Group) -> None:
         """Take all blocks; ids, text, seeds and grammars stay. The group waits at the head of its key's queue."""
         self.counters.preemptions += 1
+        if self._keeps_copies and group.state == "running":
+            group.swapped = SwappedBlocks.take(self.pool, group.live)
         self._leave(group)
         group.state = "waiting"
         self.waiting.push(group, at_head=True)
@@ -396,6 +402,9 @@ class ServingEngine:
                 self._finish(stream, "", "error", chosen.error.partition(":")[0])
                 continue
             self.counters.generation_tokens += 1
+            if stream.newest is not None:
+                self.counters.gaps.observe(max(0.0, now - stream.newest))
+            stream.newest = now
             self.waiting.charge(group.key, 1)
             self._append(stream, chosen)
 
@@ -469,7 +478,13 @@ class ServingEngine:
 
     def _forget(self, group: Group) -> None:
         self._leave(group)
-        group.state, group.finished = "finished", self._clock()
+        group.state, group.finished, group.swapped = "finished", self._clock(), None
         del self.groups[group.id]
         for stream in group.streams:
             del self._owners[stream]
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device (or the host's allocator) had no room."""
+    words = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in words or "out of memory" in words

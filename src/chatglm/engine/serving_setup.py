@@ -16,15 +16,18 @@ from .loading import LoadedModel
 from .placement import free_memory
 from .row_runner import RowRunner
 from .runner import Runner
-from .serving import EngineLimits, ServingEngine
+from .serving import ServingEngine
 from .serving_sampler import ServingSampler
+from .serving_state import EngineLimits
 from .stream import Stream
+from .warm_up import WarmUp, tell, warm_up
 
 CPU_SHARE, CPU_MOST_BYTES, GPU_SHARE = 0.25, 8 << 30, 0.9
 
 CPU_DECODE_ROWS = 16
-CPU_PREFILL_TOKENS, GPU_PREFILL_TOKENS = 128, 8_192
-"""Tokens that run through all layers in one slice of a first pass."""
+
+WHOLE_PASS_TOKENS = 8_192
+"""Tokens of requests that share a first pass which cannot be paused."""
 
 
 def cache_block_bytes(loaded: LoadedModel) -> int:
@@ -69,35 +72,57 @@ def _cache_dtype(loaded: LoadedModel) -> torch.dtype:
     return loaded.model.dtype if _keeps_rows_apart(loaded) else cache_dtype(loaded.model)
 
 
-def serving_runner(loaded: LoadedModel, blocks: int, no_piece: Tensor | None) -> Runner:
+def serving_runner(loaded: LoadedModel, cache: KVCache, no_piece: Tensor | None) -> Runner:
     """The fastest runner; for floating weights on a CPU the one whose results do not depend on the batch."""
-    model = loaded.model
-    cache = KVCache(loaded.config, blocks * BLOCK_SIZE, _cache_dtype(loaded), model.device)
     if _keeps_rows_apart(loaded):
-        return RowRunner(model, cache)
-    return make_runner(model, cache, no_piece=no_piece)
+        return RowRunner(loaded.model, cache)
+    return make_runner(loaded.model, cache, no_piece=no_piece)
 
 
-def engine_builder(
-    loaded: LoadedModel,
-    limits: EngineLimits,
-    kv_memory: int | None = None,
-    change_logits: Callable[[Tensor, list[Stream]], Tensor] | None = None,
-) -> Callable[[], ServingEngine]:
-    """A function that makes a fresh engine over the same weights and cache memory."""
-    tokenizer, config, device = loaded.tokenizer, loaded.config, loaded.model.device
-    rows = torch.tensor([tokenizer.has_no_piece(row) for row in range(config.vocab_size)], device=device)
-    no_piece = rows if bool(rows.any()) else None
-    sampler = ServingSampler(no_piece, config.eos_token_id)
-    is_cpu = device.type == "cpu"
-    limits = replace(
-        limits,
-        decode_rows=min(limits.decode_rows, CPU_DECODE_ROWS) if is_cpu else limits.decode_rows,
-        prefill_budget=(CPU_PREFILL_TOKENS if is_cpu else GPU_PREFILL_TOKENS) * config.num_layers,
-    )
-    blocks = choose_cache_blocks(loaded, kv_memory, limits.max_running)
+class EngineBuilder:
+    """Makes engines over the same weights: one at the start, and another where that failed.
 
-    def build() -> ServingEngine:
-        return ServingEngine(serving_runner(loaded, blocks, no_piece), sampler, limits, change_logits=change_logits)
+    warm  what was found when the first was made
+    """
 
-    return build
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        limits: EngineLimits,
+        kv_memory: int | None = None,
+        change_logits: Callable[[Tensor, list[Stream]], Tensor] | None = None,
+    ) -> None:
+        """Raises DeviceError when not even one full-length sequence fits into the cache."""
+        tokenizer, config, device = loaded.tokenizer, loaded.config, loaded.model.device
+        rows = torch.tensor([tokenizer.has_no_piece(row) for row in range(config.vocab_size)], device=device)
+        self._loaded = loaded
+        self._no_piece = rows if bool(rows.any()) else None
+        self._sampler = ServingSampler(self._no_piece, config.eos_token_id)
+        self._change_logits = change_logits
+        most = CPU_DECODE_ROWS if device.type == "cpu" else limits.decode_rows
+        self.limits = replace(limits, decode_rows=min(limits.decode_rows, limits.max_running, most))
+        self._blocks = choose_cache_blocks(loaded, kv_memory, limits.max_running)
+        self._cache: KVCache | None = None
+        self.warm: WarmUp | None = None
+
+    def __call__(self, *, keep_memory: bool = True) -> ServingEngine:
+        """A fresh engine. `keep_memory`: over the cache of the one before, which nobody uses any more.
+
+        Raises DeviceError when there is no room for another cache.
+        """
+        if self._cache is None or not keep_memory:
+            dtype, device = _cache_dtype(self._loaded), self._loaded.model.device
+            self._cache = KVCache(self._loaded.config, self._blocks * BLOCK_SIZE, dtype, device)
+        self._cache.clear()
+        runner = serving_runner(self._loaded, self._cache, self._no_piece)
+        if self.limits.deterministic:
+            runner.least_rows, runner.least_length = self.limits.decode_rows, self._loaded.config.max_sequence_length
+        if self.warm is None:
+            self.warm = warm_up(runner, self.limits.decode_rows)
+            tell(self.warm, runner, deterministic=self.limits.deterministic)
+            self.limits = replace(self.limits, prefill_budget=self._budget(self.warm))
+        return ServingEngine(runner, self._sampler, self.limits, change_logits=self._change_logits)
+
+    def _budget(self, warm: WarmUp) -> int:
+        """As asked, as measured, or as many tokens as a pass that cannot be paused should hold."""
+        return self.limits.prefill_budget or warm.prefill_budget or WHOLE_PASS_TOKENS * self._loaded.config.num_layers

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import secrets
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy
 
 from ..tokenizer import Tokenizer
 from ..tokenizer.answer_text import AnswerText
-from .block_pool import slots_of
+from .block_pool import blocks_for, slots_of
 from .sampling import SamplingParams
 from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .swapping import SwappedBlocks
 
 _numbers = itertools.count(1 << 40)  # apart from the numbers of plain sequences
 
@@ -64,7 +67,10 @@ class Choices:
 
 @dataclass(eq=False)
 class Stream(Sequence):
-    """A Sequence of a served request: choice number, seed of its own, text as it comes, blocks that may be shared."""
+    """A Sequence of a served request: choice number, seed of its own, text as it comes, blocks that may be shared.
+
+    newest  when its latest token came
+    """
 
     choice: int = 0
     shared: Choices = field(default_factory=Choices)
@@ -73,6 +79,7 @@ class Stream(Sequence):
     num_sampled: int = 0
     blocks: list[int] = field(default_factory=list)
     turn: int = 0
+    newest: float | None = None
     infos: list[TokenInfo] = field(default_factory=list)
 
     def uniform(self) -> float:
@@ -101,6 +108,8 @@ class Group:
 
     key      whose request it is; queues are fair between keys
     adapter  room for `model: base:adapter`
+    swapped  while preempted: its blocks in host memory
+    retried  its first pass ran out of memory once
     """
 
     id: str
@@ -115,6 +124,8 @@ class Group:
     cached_tokens: int = 0
     spare: list[int] = field(default_factory=list)
     end_code: str | None = None
+    swapped: SwappedBlocks | None = None
+    retried: bool = False
 
     @property
     def live(self) -> list[Stream]:
@@ -128,6 +139,11 @@ class Group:
     def num_computed(self) -> int:
         """Tokens whose work would be lost by a preemption."""
         return sum(stream.cached for stream in self.live)
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks of the choices that are left, each at its full length and none shared."""
+        return sum(blocks_for(stream.num_prompt_tokens + stream.max_new) for stream in self.live)
 
     @property
     def is_fresh(self) -> bool:

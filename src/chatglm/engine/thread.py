@@ -13,9 +13,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from .serving import ServingEngine, StreamEvent
+from .serving import ServingEngine
+from .serving_state import StreamEvent
 from .stream import Group
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,14 @@ HEARTBEAT_S = 10.0
 Deliver = Callable[[list[StreamEvent]], None]
 
 
+class Build(Protocol):
+    """Makes an engine."""
+
+    def __call__(self, *, keep_memory: bool = True) -> ServingEngine:
+        """`keep_memory`: use the cache of the engine before; not where something may still write into it."""
+        ...
+
+
 class EngineThread:
     """Runs the engine that `build` makes. `deliver` gets the news, in the engine's thread; it must not block.
 
@@ -39,7 +48,7 @@ class EngineThread:
 
     def __init__(
         self,
-        build: Callable[[], ServingEngine],
+        build: Build,
         deliver: Deliver,
         on_failure: Callable[[list[Group]], None],
         *,
@@ -145,7 +154,7 @@ class EngineThread:
         if not thread.is_alive():
             self._recover(self._generation, "the engine thread died")
         elif began is not None and time.monotonic() - began > hang_s:
-            self._recover(self._generation, f"a step took more than {hang_s:g} s")
+            self._recover(self._generation, f"a step took more than {hang_s:g} s", is_over=False)
 
     # In the engine's thread
 
@@ -190,8 +199,11 @@ class EngineThread:
                     self._live.pop(event.group.id, None)
         self._deliver(events)
 
-    def _recover(self, generation: int, reason: str) -> None:
-        """End all live requests with an error, build a new engine in a new thread; weights stay."""
+    def _recover(self, generation: int, reason: str, *, is_over: bool = True) -> None:
+        """End all live requests with an error, build a new engine in a new thread; weights stay.
+
+        is_over  the step that failed has ended; one that hangs may still write into its cache
+        """
         with self._lock:
             if generation != self._generation:
                 return
@@ -212,7 +224,12 @@ class EngineThread:
         self.num_restarts += 1
         logger.error("%s; the engine is built again (%d requests ended)", reason, len(failed))
         self._beat = time.monotonic()
-        self.engine = self._build()
+        try:
+            self.engine = self._build(keep_memory=is_over)
+        except Exception:
+            self.is_broken = True
+            logger.exception("the engine cannot be built again")
+            return
         self.start()
 
 

@@ -13,8 +13,9 @@ from typing import TypeVar
 from .. import __version__
 from ..engine.loading import LoadedModel
 from ..engine.sampling import SamplingParams
-from ..engine.serving import EngineLimits, ServingEngine, StreamEvent
-from ..engine.serving_setup import engine_builder
+from ..engine.serving import ServingEngine
+from ..engine.serving_setup import EngineBuilder
+from ..engine.serving_state import EngineLimits, StreamEvent
 from ..engine.stream import Choices, Group, Matcher, make_group
 from ..engine.thread import EngineThread
 from ..errors import RequestError
@@ -54,12 +55,18 @@ class Backend:
             queue_timeout_s=settings.queue_timeout_s,
             request_timeout_s=settings.request_timeout_s,
             context_cache_s=settings.context_cache_s,
+            prefill_budget=settings.prefill_budget,
+            preempt=settings.preempt,
+            deterministic=settings.deterministic,
             pool_blocks=self.faults.pool_blocks,
         )
-        build = engine_builder(loaded, limits, settings.kv_memory, self.faults.change_logits)
+        build = EngineBuilder(loaded, limits, settings.kv_memory, self.faults.change_logits)
         self.thread = EngineThread(self.faults.wrap(build), self._deliver, self._fail, max_waiting=settings.max_waiting)
         self.grammars = Grammars(self.tokenizer, loaded.config.vocab_size)
-        self.metrics = Metrics(self.thread, self.model_name, settings.metrics_prefix)
+        memory = {"weights_bytes": _weights_bytes(loaded)}
+        if build.warm is not None:
+            memory["activation_peak_bytes"] = build.warm.activation_bytes
+        self.metrics = Metrics(self.thread, self.model_name, settings.metrics_prefix, memory)
         self.rates = RateLimits(settings.rate_limit, settings.token_limit)
         self.is_draining = False
         self._exchanges: dict[str, Exchange] = {}
@@ -202,6 +209,12 @@ class Backend:
 
         if self._loop is not None:
             self._loop.call_soon_threadsafe(tell)
+
+
+def _weights_bytes(loaded: LoadedModel) -> int:
+    """Parameters and buffers; what is shared counts once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in [*loaded.model.parameters(), *loaded.model.buffers()]}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _weights_hash(loaded: LoadedModel) -> str:

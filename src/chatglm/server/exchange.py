@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from ..engine.serving import StreamEvent
+from ..engine.serving_state import StreamEvent
 from ..engine.stream import Group, TokenInfo
 from ..engine.thread import EngineThread
 from .api_errors import APIError, ending_error

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from ..engine.serving import ServingEngine, StreamEvent
+from ..engine.row_runner import Prefill
+from ..engine.serving import ServingEngine
+from ..engine.serving_state import StreamEvent
 from ..engine.stream import Stream
-from ..engine.thread import HANG_S
+from ..engine.thread import HANG_S, Build
 from ..errors import RequestError
 
 
@@ -20,7 +21,8 @@ from ..errors import RequestError
 class Faults:
     """What is to go wrong. Steps count over all engines, so a fault strikes once (`every`: at each multiple).
 
-    nan_text     logits of choices whose context has this token id become NaN at token `nan_at`
+    nan_token    logits of choices whose context has this token id become NaN at token `nan_at`; `inf_token`: +Inf
+    memory_token first passes with this token id run out of memory, `memory_times` times
     step_delay   seconds that each step takes longer
     hang_s       when a step counts as hanging
     """
@@ -34,6 +36,9 @@ class Faults:
     nan_token: int | None = None
     nan_at: int = 1
     step_delay: float = 0.0
+    inf_token: int | None = None
+    memory_token: int | None = None
+    memory_times: int = 1
     pool_blocks: int | None = None
     steps: int = 0
 
@@ -50,21 +55,31 @@ class Faults:
         return at is not None and (self.steps % at == 0 if self.every else self.steps == at)
 
     def change_logits(self, logits: Tensor, streams: list[Stream]) -> Tensor:
-        """NaN where asked for."""
-        if self.nan_token is None:
+        """NaN and infinity where asked for."""
+        bad = {self.nan_token: torch.nan, self.inf_token: torch.inf}
+        bad.pop(None, None)
+        if not bad:
             return logits
         logits = logits.clone()
         for row, stream in enumerate(streams):
-            if self.nan_token in stream.context_ids and len(stream.generated_ids) == self.nan_at:
-                logits[row] = torch.nan
+            for token, value in bad.items():
+                if token in stream.context_ids and len(stream.generated_ids) == self.nan_at:
+                    logits[row] = value
         return logits
 
-    def wrap(self, build: Callable[[], ServingEngine]) -> Callable[[], ServingEngine]:
+    def wrap(self, build: Build) -> Build:
         """Engines whose steps go wrong as asked."""
 
-        def faulty() -> ServingEngine:
-            engine = build()
-            step = engine.step
+        def faulty(*, keep_memory: bool = True) -> ServingEngine:
+            engine = build(keep_memory=keep_memory)
+            step, begin = engine.step, engine.begin_pass
+
+            def faulty_pass(streams: list[Stream]) -> Prefill:
+                is_hit = any(self.memory_token in stream.context_ids for stream in streams)
+                if is_hit and self.memory_times > 0:
+                    self.memory_times -= 1
+                    raise torch.OutOfMemoryError("injected fault")
+                return begin(streams)
 
             def faulty_step() -> list[StreamEvent]:
                 self.steps += 1
@@ -79,6 +94,7 @@ class Faults:
                 return step()
 
             engine.step = faulty_step  # type: ignore[method-assign]
+            engine.begin_pass = faulty_pass  # type: ignore[method-assign]
             return engine
 
         return faulty

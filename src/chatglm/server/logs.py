@@ -1,4 +1,4 @@
-"""One line for each request: who, which model, tokens, times, how it ended. Never a prompt or an answer."""
+"""One line for each request: who, which model, tokens, times, how it ended. No prompt or answer, but on request."""
 
 from __future__ import annotations
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily
-from prometheus_client.registry import Collector
 
 from .. import __version__
 from ..engine.stream import Group
 from ..engine.thread import EngineThread
+from .engine_metrics import EngineMetrics
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_GAPS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5)
+_PACE = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.3, 0.6, 1, 2.5, 5)
 _TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 REASONS = {"stop": "stop", "length": "length", "tool_calls": "stop", "cancelled": "abort", "timeout": "abort"}
@@ -22,7 +21,10 @@ REASONS = {"stop": "stop", "length": "length", "tool_calls": "stop", "cancelled"
 class Metrics:
     """One registry a server."""
 
-    def __init__(self, thread: EngineThread, model_name: str, prefix: str = "chatglm") -> None:
+    def __init__(
+        self, thread: EngineThread, model_name: str, prefix: str = "chatglm", memory: Mapping[str, int] | None = None
+    ) -> None:
+        """memory: bytes that do not change, by name."""
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name}
 
@@ -45,14 +47,22 @@ class Metrics:
         gauge("kv_cache_usage_perc", "Share of cache blocks in use, 0 to 1.", lambda: thread.engine.cache_usage)
         gauge("kv_cache_blocks", "Cache blocks in all.", lambda: thread.engine.pool.num_blocks)
         gauge("cached_contexts", "Contexts that are kept.", lambda: len(thread.engine.contexts))
-        self.registry.register(_EngineCounters(thread, prefix, model_name))
+        gauge("kv_cache_bytes", "Memory of the KV cache.", lambda: thread.engine.pool.cache.num_bytes)
+        gauge("kv_used_bytes", "Of it, in blocks that somebody owns.", lambda: thread.engine.num_used_bytes)
+        gauge("kv_contexts_bytes", "Of it, in blocks of kept contexts.", lambda: thread.engine.num_context_bytes)
+        gauge("host_swap_bytes", "Host memory of preempted requests.", lambda: thread.engine.num_swapped_bytes)
+        for what, size in (memory or {}).items():
+            Gauge(name(what), what.replace("_", " "), ["model_name"], registry=self.registry).labels(model_name).set(
+                size
+            )
+        self.registry.register(EngineMetrics(thread, prefix, model_name))
         self.finished = counter("request_success", "Requests that ended, by reason.", "finished_reason")
         self.http = counter("http_requests", "Answers, by route and status.", "route", "status")
         self.rejected = counter("rejected", "Requests refused before the engine.", "reason")
         self.rate_limited = counter("rate_limited", "Requests refused by a rate limit.")
         self.ignored = counter("ignored_fields", "Fields that were accepted without effect.", "field")
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
-        self.gap = histogram("inter_token_latency_seconds", "Mean time between tokens of an answer.", _GAPS)
+        self.pace = histogram("request_time_per_output_token_seconds", "Mean time a token, of an answer.", _PACE)
         self.latency = histogram("e2e_request_latency_seconds", "From arrival to the end.", _SECONDS)
         self.queued = histogram("request_queue_time_seconds", "From arrival to admission.", _SECONDS)
         self.prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
@@ -78,40 +88,8 @@ class Metrics:
             self.first_token.observe(max(0.0, group.first_token - group.arrived))
             longest = max(stream.num_sampled for stream in group.streams)
             if longest > 1:
-                self.gap.observe(max(0.0, end - group.first_token) / (longest - 1))
+                self.pace.observe(max(0.0, end - group.first_token) / (longest - 1))
 
     def text(self) -> bytes:
         """The page that Prometheus reads."""
         return generate_latest(self.registry)
-
-
-class _EngineCounters(Collector):
-    """Counters that the engine keeps; they go on when it is built again."""
-
-    def __init__(self, thread: EngineThread, prefix: str, model_name: str) -> None:
-        self._thread, self._prefix, self._model = thread, prefix, model_name
-        self._base: dict[str, int] = {}
-        self._last: dict[str, int] = {}
-        self._engine: object = None
-
-    def collect(self) -> list[CounterMetricFamily]:
-        engine = self._thread.engine
-        counters = engine.counters
-        now = {
-            "num_preemptions": counters.preemptions,
-            "prompt_tokens": counters.prompt_tokens,
-            "generation_tokens": counters.generation_tokens,
-            "context_cache_hits": counters.context_hits,
-        }
-        if self._engine is not engine:
-            self._base = {key: self._base.get(key, 0) + self._last.get(key, 0) for key in now}
-            self._engine = engine
-        self._last = now
-        values = {key: self._base[key] + value for key, value in now.items()}
-        values["engine_restarts"] = self._thread.num_restarts
-        families = []
-        for key, value in values.items():
-            family = CounterMetricFamily(f"{self._prefix}:{key}", key.replace("_", " "), labels=["model_name"])
-            family.add_metric([self._model], value)
-            families.append(family)
-        return families

@@ -7,6 +7,7 @@ from typing import TypeVar
 from pydantic import BaseModel
 from starlette.requests import Request
 
+from ..engine.stream import Group
 from .backend import Backend, Owner
 from .json_body import parse_body
 from .validation import check_body, take_ignored
@@ -38,6 +39,15 @@ async def read_body(request: Request, kind: type[B]) -> B:
     for name in ignored:
         backend.metrics.count(backend.metrics.ignored, name)
     return check_body(kind, body)
+
+
+def note_texts(request: Request, groups: list[Group]) -> None:
+    """Prompts and answers for the log line, where --log-prompts asks for them."""
+    backend = backend_of(request)
+    if backend.settings.log_prompts and groups:
+        decode = backend.tokenizer.decode
+        note(request, prompts=[decode(group.streams[0].context_ids) for group in groups])
+        note(request, answers=[decode(stream.generated_ids) for group in groups for stream in group.streams])
 
 
 def note(request: Request, **fields: object) -> None:

@@ -177,6 +177,8 @@ def run_server(backend: Backend, listener: socket.socket, log: RequestLog) -> in
         full_sequences=pool.num_blocks * 16 // backend.context,
         open_files=raise_file_limit(),
     )
+    if settings.log_prompts:
+        log.event("log", level="warning", message="--log-prompts: every prompt and answer goes into this log")
     server = DrainingServer(config, backend, log)
     server.run(sockets=[listener])
     return server.status

@@ -6,6 +6,7 @@ import ipaddress
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ..errors import RequestError
 
@@ -36,6 +37,9 @@ class ServerSettings:
     api_keys         key → name; empty: everybody may come in
     allow_no_key     bind to other than loopback without a key
     trusted_proxies  addresses whose X-Forwarded-For is believed
+    prefill_budget   tokens times layers of one slice of a first pass; None is measured at the start
+    deterministic    every step has one shape, so that answers do not depend on who else asks
+    log_prompts      prompts and answers go into the log
     web_path         where the chat page is, if `web`
     faults           JSON of faults to inject; refused unless enable_faults (tests)
     """
@@ -55,6 +59,9 @@ class ServerSettings:
     drain_timeout_s: float = 30.0
     kv_memory: int | None = None
     context_cache_s: float = 60.0
+    preempt: Literal["recompute", "swap"] = "recompute"
+    prefill_budget: int | None = None
+    deterministic: bool = False
     cors_origins: tuple[str, ...] = ()
     trusted_proxies: tuple[str, ...] = ()
     legacy_api: bool = False
@@ -72,8 +79,11 @@ class ServerSettings:
                 f"--host {self.host} opens the server to other machines, and no API key is set",
                 cure="give --api-key-file FILE, or --allow-no-key if everybody who reaches it may use it",
             )
-        for name, low in (("max_body", 1024), ("max_running", 1), ("max_waiting", 1)):
-            if getattr(self, name) < low:
+        if self.preempt not in ("recompute", "swap"):
+            raise RequestError(f"--preempt is {self.preempt!r}; it must be recompute or swap")
+        lowest = (("max_body", 1024), ("max_running", 1), ("max_waiting", 1), ("prefill_budget", 1))
+        for name, low in lowest:
+            if getattr(self, name) is not None and getattr(self, name) < low:
                 raise RequestError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
         if not 0 <= self.port <= 65535:
             raise RequestError(f"--port is {self.port}; it must be from 0 (any free one) to 65535")

@@ -11,7 +11,7 @@ from ..conversation import read_messages, tool_text, usable_tools
 from ..event_stream import EventStream, wait_for_answer
 from ..fitting import fit_conversation
 from ..json_answer import JsonAnswer
-from ..requests import backend_of, note, owner_of, read_body, request_id_of
+from ..requests import backend_of, note, note_texts, owner_of, read_body, request_id_of
 from ..sampling import check_limits, sampling_params, shared_choices
 from ..schemas import ChatBody
 from ..structure import grammar_of
@@ -64,6 +64,7 @@ async def chat_completions(request: Request) -> Response:
         tokens = sum(stream.num_sampled for stream in group.streams)
         note(request, model=backend.model_name, prompt_tokens=group.num_prompt_tokens, completion_tokens=tokens)
         note(request, finish=exchange.finish or "cancelled", seed=group.streams[0].seed)
+        note_texts(request, [group])
 
     if body.stream:
         return EventStream(request_id_of(request), [exchange], answer.chunks, answer.last, answer.first, close)

@@ -22,7 +22,7 @@ from ..exchange import Exchange, News
 from ..fitting import check_room, context_exceeded
 from ..grammar import piece_bytes
 from ..json_answer import JsonAnswer
-from ..requests import backend_of, note, owner_of, read_body, request_id_of
+from ..requests import backend_of, note, note_texts, owner_of, read_body, request_id_of
 from ..sampling import check_limits, sampling_params, shared_choices
 from ..schemas import CompletionBody
 from ..structure import grammar_of
@@ -52,6 +52,7 @@ async def completions(request: Request) -> Response:
             usage = usage_of(groups)
             counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
             note(request, model=backend.model_name, finish=exchanges[0].finish or "cancelled", **counts)
+            note_texts(request, groups)
 
     try:
         for prompt in prompts:

@@ -16,7 +16,7 @@ from ..event_stream import wait_for_answer
 from ..fitting import context_exceeded
 from ..json_answer import JsonAnswer
 from ..json_body import parse_body
-from ..requests import backend_of, note, owner_of, request_id_of
+from ..requests import backend_of, note, note_texts, owner_of, request_id_of
 from ..schemas import LegacyBody
 from ..validation import check_body
 
@@ -72,3 +72,4 @@ async def _answer(request: Request, raw: dict[str, Any]) -> Response:
         backend.release(owner, exchange)
         tokens = exchange.group.streams[0].num_sampled
         note(request, prompt_tokens=len(ids), completion_tokens=tokens, finish=exchange.finish or "cancelled")
+        note_texts(request, [exchange.group])
