@@ -121,6 +121,7 @@ async def one_stream(client, url: str, body: dict, results: list[dict], leave_af
             "end": time.monotonic(),
             "tokens": tokens,
             "status": status,
+            "left": leave_after is not None and len(times) >= leave_after,
         }
     )
 
@@ -239,6 +240,7 @@ def soak(options: argparse.Namespace) -> dict:
         rows.append(
             {"minute": round(at / 60, 1), "rss_mb": resident, "files": server.num_files, "threads": server.num_threads}
         )
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
 
     async def run() -> list[dict]:
         rng, results, tasks = random.Random(options.seed), [], set()
@@ -272,6 +274,7 @@ def soak(options: argparse.Namespace) -> dict:
     return {
         **facts(),
         "requests": len(results),
+        "left_early": sum(result["left"] for result in results),
         "bad": bad,
         "growth_percent": round(growth, 2),
         "exit": status,
