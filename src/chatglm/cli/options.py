@@ -130,6 +130,15 @@ class SamplingOptions:
     num_beams: Annotated[
         int | None, _option("--num-beams", metavar="N", help="Beam search with this width [1]", panel="Sampling")
     ] = None
+    prompt_lookup: Annotated[
+        int | None,
+        _option(
+            "--prompt-lookup",
+            metavar="N",
+            help="Guess up to N tokens from earlier text: same answer, sooner where it repeats [0]",
+            panel="Sampling",
+        ),
+    ] = None
     system: Annotated[
         str | None,
         _option(

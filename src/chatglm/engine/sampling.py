@@ -26,10 +26,12 @@ class SamplingParams:
     no_repeat_ngram_size  no n-gram of this length twice in the answer; 0 is off
     stop                  the answer ends before the first of these strings, wherever token borders lie
     seed                  same seed, same answer; None draws one and reports it
-    max_new_tokens        longest answer in tokens; None: `template.default_max_new_tokens` (512, less for small
-    contexts) max_length            the original's limit: context and answer together; at least one token is made
-    min_new_tokens        no end before this many tokens num_beams             beam search with this width
-    (temperature is then not used) length_penalty        exponent of the length that divides a beam's score
+    max_new_tokens        longest answer in tokens; None: `template.default_max_new_tokens` (512, less where the context
+                          is smaller)
+    max_length            the original's limit: context and answer together; at least one token is made
+    min_new_tokens        no end before this many tokens
+    num_beams             beam search with this width (temperature is then not used)
+    length_penalty        exponent of the length that divides a beam's score
     early_stopping        end a beam search as soon as `num_beams` answers are complete
     prompt_lookup         guess up to this many tokens ahead from earlier text and verify them in one step; the answer
                           is the same, sooner where text repeats (0 is off; acts while one sequence runs)
