@@ -2,7 +2,7 @@
 
     python benchmarks/prompt_lookup.py --out benchmarks/results/prompt-lookup-cpu.json
 
-"text": the embedded model, greedy, with and without drafts; the tokens must be equal. "passes": the time of one pass that
+"text": the embedded model, greedy, with and without drafts; the tokens must be equal. "passes": the time of a pass that
 verifies drafts, in decode steps, in ChatGLM-6B's shape with random weights (`--layers` of its 28).
 """
 
