@@ -1,0 +1,104 @@
+"""`chatglm train dpo`: a policy straight from a file of preferences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...model import GLM, Attend, plain_attention
+from ..loop import Report, train
+from ..metrics import Say
+from ..run_config import AT_LEAST_0, SHARE, RunConfig
+from ..samples import Sample
+from ..starting import starting_model
+from ..task import MeteredLoss, Task
+from .dpo import PairScores, dpo_loss
+from .pairs import PairBatch, PairSource
+from .policy import action_logprobs, score_actions
+from .preferences import Pair, policy_row
+from .reward_stage import PreferenceData, calm, read_pairs
+
+
+@dataclass(frozen=True)
+class DPOSettings:
+    """Figures of the loss: see dpo.dpo_loss."""
+
+    beta: float = field(default=0.1, metadata=AT_LEAST_0)
+    sft: float = field(default=0.1, metadata=AT_LEAST_0)
+    by_length: bool = False
+    smoothing: float = field(default=0.0, metadata=SHARE)
+
+
+@dataclass(frozen=True)
+class DPORun(RunConfig):
+    """A run of this stage; `batch.rows` counts pairs."""
+
+    preferences: PreferenceData = field(default_factory=PreferenceData)
+    dpo: DPOSettings = field(default_factory=DPOSettings)
+
+
+def reference_sums(model: GLM, pairs: Sequence[Pair], *, attend: Attend = plain_attention) -> Tensor:
+    """Log-probability of both answers of each pair, fp32 [pairs, 2]: what the reference says once and for all."""
+    samples = [sample for pair in pairs for sample in policy_row(pair, model.config)]
+    logprobs, _ = action_logprobs(model, samples, attend=attend)
+    lengths = [sample.loss_tokens for sample in samples]
+    sums: Tensor = torch.stack([part.sum() for part in logprobs.cpu().split(lengths)]).unflatten(0, (-1, 2))
+    return sums
+
+
+def preference_loss(
+    settings: DPOSettings, attend: Attend = plain_attention
+) -> Callable[[torch.nn.Module, PairBatch], MeteredLoss]:
+    """The loss of a batch of pairs under a policy; the batch brings the reference's log-probabilities."""
+
+    def loss(model: torch.nn.Module, pairs: PairBatch) -> MeteredLoss:
+        assert isinstance(model, GLM) and pairs.reference is not None
+        scored = score_actions(model, pairs.batch, attend=attend)
+        policy = PairScores.of_answers(scored.sums, scored.lengths)
+        reference = PairScores.of_answers(pairs.reference, scored.lengths)
+        losses, watched = dpo_loss(
+            policy,
+            reference,
+            beta=settings.beta,
+            sft=settings.sft,
+            by_length=settings.by_length,
+            smoothing=settings.smoothing,
+        )
+        count = len(losses)
+        metrics: dict[str, tuple[Tensor | float, Tensor | float]] = {
+            name: (values.sum(), count) for name, values in watched.items()
+        }
+        metrics["entropy"] = (scored.entropy.sum(), len(scored.entropy))
+        return MeteredLoss(losses.sum(), count, metrics)
+
+    return loss
+
+
+def dpo_task(
+    policy: GLM, pairs: Sequence[Pair], held_out: Sequence[Pair], settings: DPOSettings, *, seed: int = 0
+) -> Task:
+    """What the loop runs. The reference is the policy as it is now: its log-probabilities are taken here."""
+
+    def rows(pair: Pair) -> list[Sample]:
+        return policy_row(pair, policy.config)
+
+    def source(part: Sequence[Pair], *, shuffle: bool) -> PairSource:
+        return PairSource(part, rows, seed, reference_sums(policy, part), shuffle)
+
+    return Task(
+        model=policy,
+        loss=preference_loss(settings),
+        source=source(pairs, shuffle=True),
+        held_out=source(held_out, shuffle=False) if held_out else None,
+    )
+
+
+def run(config: DPORun, *, progress: Say | None = None, restart: bool = False) -> Report:
+    """Train, and write `OUT/model`."""
+    pairs, held = read_pairs(config.preferences, config.model, config.seed, config.batch.length)
+    policy = starting_model(config.model, config.seed)
+    task = dpo_task(policy, pairs, held, config.dpo, seed=config.seed)
+    return train(task, calm(config), progress=progress, restart=restart)

@@ -1,0 +1,118 @@
+"""What an online run is judged by: held-out prompts, an independent judge, general data, and canaries that are read.
+
+Answers are drawn at temperature 1 with the same seed at every evaluation; the first answers of the reference are kept,
+and the win-rate is against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ...model import GLM, Attend, plain_attention
+from ..loss import batch_loss
+from ..metrics import Say
+from ..samples import Batch
+from .experience import RewardFunction, gather_experience
+from .guards import Guards, Watchman, clip_rewards
+from .judge import Judge, judged_rate, win_rate
+from .online import Online
+from .rollout import Answer, Prompt, RolloutEngine, make_prompt
+from .watch import answer_metrics, kl_metrics
+
+EVALUATION_SEED = 20_230_315
+"""Of the answers that are judged; apart from those that are trained on."""
+
+
+@dataclass
+class Evaluation:
+    """Figures of a policy on held-out prompts; `stop_reason` is set by the guards.
+
+    judge    independent of the reward; None: no judged rate
+    alarm    a second reward model, trained on another split
+    general  rows of general data, whose loss tells what was forgotten
+    """
+
+    online: Online
+    prompts: Sequence[Prompt]
+    guards: Guards = field(default_factory=Guards)
+    judge: Judge | None = None
+    alarm: RewardFunction | None = None
+    general: Batch | None = None
+    say: Say = lambda text: None
+    stop_reason: str | None = None
+    first: list[Answer] = field(default_factory=list)
+    general_at_first: float | None = None
+    figures: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.watchman = Watchman(self.guards)
+
+    def begin(self) -> dict[str, float]:
+        """Figures of the reference, before anything was learned; call it once."""
+        reference = self.online.reference
+        engine = RolloutEngine(reference, self.online.tokenizer, self.online.settings.max_new)
+        self.first = engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
+        if self.general is not None:
+            self.general_at_first = general_loss(reference, self.general, attend=self.online.attend)
+        return self._judge(self.first, reference)
+
+    def __call__(self) -> dict[str, float]:
+        """Figures of the policy now, canaries printed, guards asked."""
+        online = self.online
+        answers = online.engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
+        found = self._judge(answers, online.policy)
+        if self.general is not None and self.general_at_first is not None:
+            loss = general_loss(online.policy, self.general, attend=online.attend)
+            found |= {"general_loss": loss, "general_loss_up": loss / self.general_at_first - 1}
+        self._print_canaries()
+        self.figures.append(found)
+        self.stop_reason = self.stop_reason or self.watchman.after_evaluation(
+            {name.removeprefix("eval_"): value for name, value in found.items()}
+        )
+        return found
+
+    def after_step(self) -> str | None:
+        """Why to stop, by the round that is being walked through; None to go on."""
+        if self.online.round is not None:
+            self.stop_reason = self.stop_reason or self.watchman.after_step(self.online.round.figures)
+        return self.stop_reason
+
+    def _judge(self, answers: list[Answer], policy: GLM) -> dict[str, float]:
+        if not answers:
+            return {}
+        online = self.online
+        prompts, ids = [answer.prompt for answer in answers], [answer.ids for answer in answers]
+        rewards = clip_rewards(online.reward(prompts, ids).float(), self.guards.reward_clip)
+        seen = gather_experience(policy, online.reference, answers, rewards, rewards, attend=online.attend)
+        found = {
+            "reward": rewards.mean().item(),
+            **kl_metrics(seen.log_ratio, seen.answer, len(answers)),
+            "entropy": seen.entropy.mean().item(),
+            **answer_metrics(ids, [answer.is_finished for answer in answers]),
+        }
+        if self.alarm is not None:
+            found["alarm_reward"] = (
+                clip_rewards(self.alarm(prompts, ids).float(), self.guards.reward_clip).mean().item()
+            )
+        if self.judge is not None:
+            texts, asked = [answer.text for answer in answers], [prompt.text for prompt in prompts]
+            found["judged_rate"] = judged_rate(self.judge, asked, texts)
+            if self.first:
+                found["win_rate"] = win_rate(self.judge, asked, texts, [answer.text for answer in self.first]).rate
+        return {f"eval_{name}": value for name, value in found.items()}
+
+    def _print_canaries(self) -> None:
+        online = self.online
+        if self.guards.canaries:
+            prompts = [make_prompt(online.tokenizer, text) for text in self.guards.canaries]
+            for answer in online.engine.greedy(prompts):
+                self.say(f"  canary {answer.prompt.text!r}: {answer.text!r}")
+
+
+@torch.no_grad()
+def general_loss(model: GLM, batch: Batch, *, attend: Attend = plain_attention) -> float:
+    """Nats a token of general data."""
+    return float(batch_loss(model, batch.to(model.device), attend=attend).mean())

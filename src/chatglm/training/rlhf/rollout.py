@@ -1,0 +1,218 @@
+"""Answers of the policy as it is now, sampled by the project's own engine: batched, cached, temperature 1.
+
+The engine reads the very parameters that are trained, so a step of the optimiser is a step of the engine; or, with a
+`dtype` of its own, a copy in that dtype that is filled anew before every round. Log-probabilities for the loss are
+computed again in the training forward; those of the engine are kept only to compare the two.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...config import ModelConfig
+from ...engine.graph_runner import make_runner
+from ...engine.kv_cache import BLOCK_SIZE, KVCache
+from ...engine.sampler import Sampler, Samples
+from ...engine.sampling import SamplingParams
+from ...engine.scheduler import Engine
+from ...engine.sequence import Sequence as Stream
+from ...errors import TrainingError
+from ...model import GLM
+from ...tokenizer import Tokenizer, template
+from ..samples import Sample
+from .answers import answer_sample
+from .copying import copy_of
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is answered: the text, its ids up to `[gMASK]`, and an answer to be measured against where there is one."""
+
+    text: str
+    context: tuple[int, ...]
+    reference: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One sampled answer.
+
+    ids          without `<eop>`
+    is_finished  ended by itself; otherwise the token limit did
+    logprobs     log π of each action as the engine saw it, `<eop>` among them; empty for greedy answers
+    """
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    is_finished: bool
+    text: str
+    logprobs: tuple[float, ...] = ()
+
+    def sample(self, config: ModelConfig) -> Sample:
+        """As actions for the training forward."""
+        return answer_sample(
+            self.prompt.context, self.ids, config, is_finished=self.is_finished, source=self.prompt.source
+        )
+
+
+def make_prompt(
+    tokenizer: Tokenizer,
+    question: str,
+    history: Sequence[tuple[str, str]] = (),
+    *,
+    reference: str | None = None,
+    source: str = "",
+) -> Prompt:
+    """A prompt in the chat template."""
+    text = template.render(question, history)
+    return Prompt(text, tuple(tokenizer.encode_context(text)[:-1]), reference, source)
+
+
+class PolicySampler(Sampler):
+    """Draws from the policy itself: the plain softmax, nothing banned, and remembers log π of what it drew."""
+
+    def __init__(self, end_id: int) -> None:
+        super().__init__(None, end_id)
+        self.logprobs: dict[int, list[float]] = {}
+
+    @torch.inference_mode()
+    def __call__(self, logits: Tensor, sequences: list[Stream]) -> Samples:
+        """logits: fp32 [batch, vocab]."""
+        if all(sequence.params.is_greedy for sequence in sequences):
+            return super().__call__(logits, sequences)
+        is_finite = torch.isfinite(logits).all(dim=-1)
+        scores = torch.where(is_finite[:, None], logits, 0.0).log_softmax(dim=-1)
+        cumulative = scores.double().exp().cumsum(dim=-1)
+        draws = torch.tensor([sequence.uniform() for sequence in sequences], dtype=torch.float64)
+        threshold = draws.to(logits.device)[:, None] * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
+        chosen = scores.gather(1, tokens)[:, 0].tolist()
+        for sequence, logprob in zip(sequences, chosen, strict=True):
+            self.logprobs.setdefault(sequence.number, []).append(logprob)
+        return Samples(tokens[:, 0].tolist(), is_finite.tolist())
+
+
+@dataclass
+class RolloutRate:
+    """Tokens that the engine made, and the seconds it took."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class RolloutEngine:
+    """Samples answers of `model`, whose weights may change between calls.
+
+    batch    answers that run at once; max_new: token limit of an answer
+    kernels  as for engine.graph_runner.make_runner
+    dtype    of the engine's own copy of the weights; None: it shares those of `model`
+    """
+
+    model: GLM
+    tokenizer: Tokenizer
+    max_new: int
+    batch: int = 64
+    kernels: str | None = None
+    dtype: torch.dtype | None = None
+    rate: RolloutRate = field(default_factory=RolloutRate)
+    _engine: Engine | None = None
+    _capacity: int = 0
+    _twin: GLM | None = None
+
+    def sample(self, prompts: Sequence[Prompt], *, each: int = 1, seed: int = 0) -> list[Answer]:
+        """`each` answers for every prompt, one prompt's together, drawn from the policy's own distribution.
+
+        An answer depends on the weights, its place and the seed alone, never on how the batch was cut.
+        """
+        params = [
+            SamplingParams(temperature=1, top_k=0, top_p=1, seed=self._seed(seed, n))
+            for n in range(each * len(prompts))
+        ]
+        return self._run([prompt for prompt in prompts for _ in range(each)], params)
+
+    def greedy(self, prompts: Sequence[Prompt]) -> list[Answer]:
+        """The most likely answer of each prompt, for evaluations and canaries."""
+        return self._run(prompts, [GREEDY] * len(prompts))
+
+    def _seed(self, seed: int, number: int) -> int:
+        return (seed * 1_000_003 + number) % (2**63 - 1)
+
+    def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Answer]:
+        was_training = self.model.training
+        self.model.eval()
+        streams = [self._stream(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+        engine = self._prepared(streams)
+        sampler = engine.sampler
+        assert isinstance(sampler, PolicySampler)
+        started = time.perf_counter()
+        for first in range(0, len(streams), self.batch):
+            engine.run(streams[first : first + self.batch])
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.rate.seconds += time.perf_counter() - started
+        self.model.train(was_training)
+        answers = []
+        for prompt, stream in zip(prompts, streams, strict=True):
+            if stream.finish_reason == "error":
+                raise TrainingError(f"a roll-out failed: {stream.error}", cure="lower the learning rate or raise beta")
+            self.rate.tokens += len(stream.generated_ids) + (stream.finish_reason == "stop")
+            answers.append(
+                Answer(
+                    prompt,
+                    tuple(stream.generated_ids),
+                    stream.finish_reason == "stop",
+                    self.tokenizer.decode(stream.generated_ids),
+                    tuple(sampler.logprobs.pop(stream.number, ())),
+                )
+            )
+        return answers
+
+    def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
+        config = self.model.config
+        room = config.max_sequence_length - len(prompt.context) - 1
+        if room < 1:
+            raise TrainingError(
+                f"a prompt has {len(prompt.context)} tokens, the model holds {config.max_sequence_length}: "
+                f"{prompt.text[:40]!r}"
+            )
+        context = list(prompt.context)
+        return Stream(context, config.bos_token_id, len(context) - 1, True, min(self.max_new, room), params)
+
+    def _prepared(self, streams: Sequence[Stream]) -> Engine:
+        """The engine, made anew where the cache is too small for these streams or `refresh` was called."""
+        prefix = self.model.config.pre_seq_len or 0
+        longest = max((prefix + s.num_prompt_tokens + s.max_new for s in streams), default=1)
+        needed = min(self.batch, len(streams)) * -(-longest // BLOCK_SIZE) * BLOCK_SIZE
+        model = self._current()
+        holds_copies = model.dtype != torch.float32  # of norms and biases, beside narrow weights
+        if self._engine is None or needed > self._capacity or holds_copies:
+            self._capacity = max(needed, self._capacity)
+            cache = KVCache(model.config, self._capacity, model.dtype, model.device)
+            runner = make_runner(model, cache, kernels=self.kernels)
+            self._engine = Engine(runner, PolicySampler(model.config.eos_token_id))
+        return self._engine
+
+    @torch.no_grad()
+    def _current(self) -> GLM:
+        """The model that the engine runs, with the weights of this moment."""
+        if self.dtype is None:
+            return self.model
+        if self._twin is None:
+            self._twin = copy_of(self.model).to(self.dtype).eval().requires_grad_(False)
+            self._twin.tie_head()
+        for mine, theirs in zip(self._twin.parameters(), self.model.parameters(), strict=True):
+            mine.copy_(theirs)
+        return self._twin
