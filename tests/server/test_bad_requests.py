@@ -232,7 +232,7 @@ def test_harmless_fields_are_accepted_and_counted(server):
     assert server.metric("ignored_fields") == before + 7
 
 
-@pytest.mark.parametrize("model", ["gpt-4", "base:none", "chatglm:adapter"])
+@pytest.mark.parametrize("model", ["gpt-4", "", "base:none", "chatglm:adapter"])
 def test_an_unknown_model_is_404_with_those_served(server, model):
     response = server.chat(model=model)
     assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
@@ -374,6 +374,20 @@ for _ in range(40):
 def test_a_bad_grammar_is_refused_and_the_next_request_is_served(server, structured):
     refused(server, "invalid_grammar", structured_outputs=structured)
     assert server.chat(max_tokens=1).status_code == 200
+
+
+def test_regex_bombs_do_not_change_or_stop_a_running_stream(server):
+    fields = {"max_tokens": 40, "ignore_eos": True, "stream": True}
+    alone = stream_events(server.chat(**fields))
+    found: list[list[dict]] = []
+    reader = threading.Thread(target=lambda: found.append(stream_events(server.chat(**fields))))
+    reader.start()
+    for regex in ("(a+)+$", "a{1,1000000}", "(a", "(.*a.{25}b)|(.*[b-z].{15}q)(", "a" * (64 * 1024 + 1)) * 3:
+        response = server.chat(structured_outputs={"regex": regex})
+        assert (response.status_code, error_of(response)["code"]) == (400, "invalid_grammar")
+    reader.join()
+    pieces = [[event["choices"][0]["delta"] for event in events] for events in (alone, found[0])]
+    assert pieces[0] == pieces[1]
 
 
 # 21, 23, 24

@@ -84,6 +84,24 @@ def test_a_client_that_leaves_during_its_prefill_is_dropped_at_the_next_slice(st
     server.audit()
 
 
+def test_a_client_that_leaves_between_admission_and_prefill_is_never_computed(start):
+    server = start("--context-cache", "0", "--prefill-budget", "300", faults={"step_delay": 0.3})
+    texts = ["很长的一段话，" * 60, "另外一段话。" * 150]
+    bodies = [{**QUESTION, "messages": [{"role": "user", "content": text}], "max_tokens": 4} for text in texts]
+    with open_request(server, {**bodies[0], "ignore_eos": True}) as first:
+        until(lambda: server.metric("num_requests_running") == 1, "the first one's admission")
+        with open_request(server, bodies[1]):
+            until(lambda: server.metric("num_requests_running") == 2, "the second one's admission")
+            assert server.metric("generation_tokens") == 0  # the first one's pass is not over
+        first.settimeout(60)
+        assert b" 200 " in first.recv(65536)
+    until(lambda: server.metric("num_requests_running") == 0, "the end")
+    prompts = [server.post("/tokenize", {"messages": body["messages"], "add_special": True}) for body in bodies]
+    lengths = [prompt.json()["count"] for prompt in prompts]
+    assert lengths[0] + 3 <= server.metric("iteration_tokens_total_sum") < lengths[0] + 10 < sum(lengths)
+    server.audit()
+
+
 def test_a_reader_that_takes_nothing_is_cancelled_and_others_go_on(start):
     server = start("--context-cache", "0", "--max-running", "64")
     body = {**LONG, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20, "temperature": 1, "max_tokens": 1000}
@@ -97,6 +115,7 @@ def test_a_reader_that_takes_nothing_is_cancelled_and_others_go_on(start):
         until(lambda: server.metric("num_requests_running") == 0, "its cancellation", 300)
         assert server.metric("generation_tokens") < 16 * 990
     until(lambda: "finish=cancelled" in server.log, "the log line")
+    assert server.metric("request_success") == 2  # one each for the slow one and the other
     server.audit()
 
 

@@ -54,19 +54,39 @@ def test_the_fourth_failure_in_ten_minutes_ends_the_server_with_1(start):
     assert server.process.wait(60) == 1
 
 
-def test_nan_in_one_of_eight_ends_that_one_only(start):
-    server = start("--context-cache", "0")
-    token = server.post("/tokenize", {"text": "🦓"}).json()["tokens"][-1]
+def last_token(server: ServerProcess, text: str) -> int:
+    return server.post("/tokenize", {"text": text}).json()["tokens"][-1]
+
+
+def test_scores_that_are_not_finite_end_their_request_only(server, start):
     words = ["你好", "hello", "天气", "北京", "how are you", "苹果", "what is this"]
     bodies = [{**LONG, "messages": [{"role": "user", "content": word}]} for word in words]
     solo = [content(server.post("/v1/chat/completions", body)) for body in bodies]
-    server.stop()
-    broken = start("--context-cache", "0", faults={"nan_token": token, "nan_at": 3})
-    bad = {**LONG, "messages": [{"role": "user", "content": "🦓"}]}
-    *good, failed = ask_all(broken, [*bodies, bad])
-    assert (failed.status_code, error_of(failed)["code"]) == (500, "non_finite_logits")
+    tokens = {"nan_token": last_token(server, "🦓"), "inf_token": last_token(server, "🦒")}
+    broken = start("--context-cache", "0", faults={**tokens, "nan_at": 3})
+    bad = [{**LONG, "messages": [{"role": "user", "content": word}]} for word in ("🦓", "🦒")]
+    *good, nan, infinite = ask_all(broken, [*bodies, *bad])
+    for failed in (nan, infinite):
+        assert (failed.status_code, error_of(failed)["code"]) == (500, "non_finite_logits")
     assert [content(response) for response in good] == solo
     broken.audit(expect_errors=True)
+
+
+@pytest.mark.parametrize(("times", "status"), [(1, 200), (2, 503)])
+def test_a_first_pass_without_memory_is_tried_once_more_and_others_live(server, start, times, status):
+    bodies = [{**LONG, "messages": [{"role": "user", "content": word}]} for word in ("你好", "hello", "天气", "🦓")]
+    solo = [content(server.post("/v1/chat/completions", body)) for body in bodies]
+    faults = {"memory_token": last_token(server, "🦓"), "memory_times": times}
+    short = start("--context-cache", "0", faults=faults)
+    *others, hit = ask_all(short, bodies)
+    assert [content(response) for response in others] == solo[:-1]
+    assert hit.status_code == status
+    if status == 200:
+        assert content(hit) == solo[-1]
+    else:
+        assert error_of(hit)["code"] == "overloaded" and int(hit.headers["retry-after"]) >= 1
+    assert short.metric("out_of_memory") == times and short.metric("engine_restarts") == 0
+    short.audit()
 
 
 def test_a_small_pool_preempts_and_every_text_equals_its_solo_text(start):

@@ -24,6 +24,9 @@ from .api_errors import APIError, shown
 MAX_SOURCE, MAX_DEPTH, MAX_SECONDS, KEPT = 64 << 10, 32, 2.0, 64
 MAX_REPEATS = 1_000
 
+MAX_LEXER_STATES = 60_000
+"""States that the lexer of one grammar may come to; with it the worst grammars found take less than 64 MiB each."""
+
 KEYWORDS = frozenset(
     {
         "type",
@@ -138,7 +141,7 @@ class Grammars:
         self._vocab_size = vocab_size
         self._kept: OrderedDict[str, Any] = OrderedDict()
         self._lock = threading.Lock()
-        self._limits = llguidance.LLParserLimits(max_grammar_size=500_000, max_lexer_states=250_000)
+        self._limits = llguidance.LLParserLimits(max_grammar_size=500_000, max_lexer_states=MAX_LEXER_STATES)
 
     @cached_property
     def _table(self) -> Any:

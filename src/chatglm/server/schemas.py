@@ -42,7 +42,7 @@ class StreamOptions(Body):
 class Sampling(Body):
     """Fields that chat and plain completions share."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: str = Field(max_length=256)
     max_tokens: Whole | None = Field(None, ge=1, le=MAX_TOKENS)
     temperature: float = Field(0.95, ge=0, le=2)
     top_p: float = Field(0.7, gt=0, le=1)
@@ -281,7 +281,7 @@ class CompletionBody(Sampling):
 class EmbeddingBody(Body):
     """`POST /v1/embeddings`."""
 
-    model: str = Field(min_length=1, max_length=256)
+    model: str = Field(max_length=256)
     input: Any = Field(description="a string, up to 256 strings, ids, or arrays of ids")
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = Field(None, max_length=256)
