@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from chatglm.engine.random_model import random_model
 from chatglm.errors import RequestError
 from chatglm.evaluation import limits, speed
 from chatglm.kernels.gpu import operations
+from checkpoint_folders import small_safetensors
 
 TINY = ModelConfig(
     vocab_size=300, hidden_size=64, num_layers=2, num_heads=4, inner_hidden_size=128, max_sequence_length=128,
@@ -22,7 +26,8 @@ TINY = ModelConfig(
 )  # fmt: skip
 KEYS = {
     "decode_tokens_per_s", "prefill_tokens_per_s", "time_to_first_token_s", "decode_ms", "prefill_ms",
-    "peak_memory_bytes", "memory", "load_s", "load_cold_s", "bandwidth_bytes_per_s", "matmul_flops_per_s",
+    "peak_memory_bytes", "memory", "load_s", "load_cold_s", "first_token_s", "bandwidth_bytes_per_s",
+    "matmul_flops_per_s",
     "limit_decode_tokens_per_s", "limit_prefill_tokens_per_s", "decode_fraction", "prefill_fraction", "bytes_per_step",
     "flops_prefill", "batch", "prompt_tokens", "new_tokens", "dtype", "group_size", "kernels", "threads", "device",
     "devices", "machine", "versions", "parity", "quiet",
@@ -71,6 +76,19 @@ def test_operations_of_a_first_pass_are_those_of_the_released_shape() -> None:
 def test_more_tokens_than_the_model_holds_are_refused() -> None:
     with pytest.raises(RequestError, match=r"100 prompt and 50 new tokens are 150; this model holds 128"):
         speed.measure_speed(speed.SpeedSettings(device="cpu", dtype="fp32", prompt_tokens=100, new_tokens=50))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot drop files from its memory")
+def test_a_cold_load_is_timed_beside_the_warm_one_and_needs_files(tmp_path: Path) -> None:
+    folder = small_safetensors(tmp_path / "model")
+    settings = speed.SpeedSettings(
+        source=folder, device="cpu", kernels="torch", prompt_tokens=8, new_tokens=3, repeat=1, cold=True
+    )
+    facts = speed.measure_speed(settings)
+    assert facts["load_cold_s"] > 0 and 0 < facts["load_s"] < facts["first_token_s"]
+    with pytest.raises(RequestError, match="no files"):
+        speed.measure_speed(replace(settings, source=None))
 
 
 def test_rates_are_positive_and_the_larger_one_counts_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

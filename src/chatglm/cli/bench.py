@@ -57,6 +57,9 @@ def bench(
             callback=lambda value: _known(value, KERNELS),
         ),
     ] = None,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Also load the model with its files out of the page cache")
+    ] = False,
     placement: PlacementOptions,
     common: CommonOptions,
 ) -> None:
@@ -91,6 +94,7 @@ def bench(
             new_tokens=new_tokens or (24 if is_cpu else 128),
             batch=batch,
             repeat=repeat or (3 if is_cpu else 20),
+            cold=cold,
         )
         facts = measure_speed(settings, progress.say)
     if common.json:
@@ -115,10 +119,15 @@ def lines(facts: dict[str, Any]) -> list[str]:
         ("limits", f"{facts['bandwidth_bytes_per_s'] / 1e9:,.0f} GB/s, "
          f"{facts['matmul_flops_per_s'] / 1e9:,.0f} GFLOP/s, measured in the same run"),
         ("memory", ", ".join(f"{name} {human_bytes(size)}" for name, size in memory.items() if size is not None)),
-        ("load", f"{facts['load_s']:.2f} s to the first token"),
+        ("load", _load_times(facts)),
         ("parity", f"relative error {facts['parity']['error']:.1e}, quiet machine: {facts['quiet']}"),
     ]  # fmt: skip
     return [f"{name:<11} {value}" for name, value in rows]
+
+
+def _load_times(facts: dict[str, Any]) -> str:
+    cold = "" if facts["load_cold_s"] is None else f" ({facts['load_cold_s']:.2f} s from the disk)"
+    return f"{facts['load_s']:.2f} s{cold}, first token after {facts['first_token_s']:.2f} s"
 
 
 def _rate(facts: dict[str, Any], what: str, detail: str) -> str:

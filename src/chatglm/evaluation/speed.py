@@ -58,6 +58,7 @@ class SpeedSettings:
     dtype       auto, fp32, fp16, bf16, int8, int4
     group_size  of random quantised weights: 0 is the original's row-wise format, None the project's default
     kernels     auto, triton, native, torch; None asks the environment
+    cold        also load once with the files' pages out of memory
     """
 
     source: Path | None = None
@@ -70,21 +71,25 @@ class SpeedSettings:
     new_tokens: int = 128
     batch: int = 1
     repeat: int = 5
+    cold: bool = False
 
 
 def measure_speed(settings: SpeedSettings, say: Say = lambda _: None) -> dict[str, Any]:
     """Everything that `chatglm bench --json` prints. Raises RequestError for a prompt that the model cannot hold."""
     busy_before = _busy_share()
+    load_cold_s = _cold_load(settings, say) if settings.cold else None
     say("loading the model")
     began = time.perf_counter()
     model = _load(settings)
     runner = _runner(model, settings)
     device = model.device
+    synchronize(device)
+    load_s = time.perf_counter() - began
     _check(settings, model.config)
     first = make_sequences(settings, model.config)[0]
     _start(runner, [first])
     synchronize(device)
-    load_s = time.perf_counter() - began
+    first_token_s = time.perf_counter() - began
     runner.cache.release(first.slots)
     say("first passes")
     prefill = _time_prefill(runner, settings)
@@ -101,9 +106,28 @@ def measure_speed(settings: SpeedSettings, say: Say = lambda _: None) -> dict[st
         integers = dot_operations_per_s(runner.network.kit, runner.network.workers)
         limits = replace(limits, matmul_flops_per_s=max(limits.matmul_flops_per_s, integers))
     result = _report(settings, model, runner, prefill, decode, limits)
-    result |= {"load_s": load_s, "load_cold_s": None, "memory": memory, "peak_memory_bytes": memory["peak"]}
+    result |= {"load_s": load_s, "load_cold_s": load_cold_s, "first_token_s": first_token_s}
+    result |= {"memory": memory, "peak_memory_bytes": memory["peak"]}
     result |= {"parity": parity, "finite": answers, "quiet": max(busy_before, _busy_share()) <= 0.05}
     return result
+
+
+def _cold_load(settings: SpeedSettings, say: Say) -> float:
+    """Seconds of a load that reads its files from the disk; the model is dropped again."""
+    if settings.source is None:
+        raise RequestError("random weights have no files to load cold", cure="name a checkpoint")
+    if not hasattr(os, "posix_fadvise"):
+        raise RequestError("this system cannot drop files from its memory", cure="leave --cold out")
+    say("loading the model from the disk")
+    for file in settings.source.iterdir():
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())  # only clean pages can be dropped
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    began = time.perf_counter()
+    runner = _runner(_load(settings), settings)
+    synchronize(runner.model.device)
+    return time.perf_counter() - began
 
 
 def _load(settings: SpeedSettings) -> GLM:
