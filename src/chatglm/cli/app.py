@@ -12,7 +12,8 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -24,6 +25,7 @@ from .streams import prepare_streams
 COMMANDS: dict[str, str] = {
     "chat": "Talk with a model (the embedded one, if none is named).",
     "generate": "Answer a file of prompts; resumes where it was interrupted.",
+    "web": "Chat in a browser, on this machine.",
     "serve": "Put a model behind OpenAI's API, for many users at once.",
     "pull": "Download a checkpoint from the hub; resumes where it was interrupted.",
     "info": "What a checkpoint is and how much memory it needs, without loading it.",
@@ -32,9 +34,13 @@ COMMANDS: dict[str, str] = {
     "quantize": "Write a checkpoint in INT8 or INT4; resumes where it was interrupted.",
     "eval": "What each form of the weights costs: perplexity and agreement against fp32.",
     "bench": "Speed and memory here, beside what this machine could do at best.",
+    "data": "Training data: what people said about answers.",
     "doctor": "What this machine has, what would be chosen and why, what is missing.",
 }
-"""Name and one line of each command; the module and the function are named like the command."""
+"""Name and one line of each command; the module and the function are named like the command.
+
+A module with a table COMMANDS of its own is a group: `chatglm data feedback` is `feedback` in `data_feedback.py`.
+"""
 
 _WIDTH = 110
 
@@ -55,15 +61,23 @@ class Command(TyperCommand):
 
 
 class Commands(TyperGroup):
-    """Knows its commands by name and imports one only when it is asked for."""
+    """Knows its commands by name and imports one only when it is asked for.
+
+    prefix  of the modules, in a group
+    """
+
+    table: ClassVar[dict[str, str]] = COMMANDS
+    prefix: ClassVar[str] = ""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
+        return list(self.table)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in COMMANDS:
+        if cmd_name not in self.table:
             return None
-        module = importlib.import_module(f".{cmd_name}", __package__)
+        module = importlib.import_module(f".{self.prefix}{cmd_name}", __package__)
+        if hasattr(module, "COMMANDS"):
+            return _group(cmd_name, module)
         single = typer.Typer(add_completion=False, rich_markup_mode=None)
         settings = {"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH}
         single.command(cmd_name, cls=Command, context_settings=settings)(spread(getattr(module, cmd_name)))
@@ -71,15 +85,24 @@ class Commands(TyperGroup):
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(COMMANDS.items()))
+            formatter.write_dl(list(self.table.items()))
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name = args[0]
-        if name not in COMMANDS and not name.startswith("-"):
-            near = difflib.get_close_matches(name, COMMANDS, n=1)
-            hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(COMMANDS)}."
+        if name not in self.table and not name.startswith("-"):
+            near = difflib.get_close_matches(name, self.table, n=1)
+            hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(self.table)}."
             ctx.fail(f"No such command '{name}'. {hint}")
         return super().resolve_command(ctx, args)
+
+
+def _group(name: str, module: ModuleType) -> Any:
+    """Commands under a name of their own."""
+    kind = type("Group", (Commands,), {"table": module.COMMANDS, "prefix": f"{name}_"})
+    group = typer.Typer(cls=kind, add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+    settings = {"help_option_names": ["-h", "--help"], "max_content_width": _WIDTH}
+    group.callback(help=COMMANDS[name], context_settings=settings)(lambda: None)
+    return typer.main.get_command(group)
 
 
 app = typer.Typer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,9 @@ from .streams import Terminal
 
 if TYPE_CHECKING:
     from ..engine.loading import LoadedModel
+    from ..server.settings import ServerSettings
+
+SERVING = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 
 
 def serve(
@@ -48,9 +52,9 @@ def serve(
 
     Try: chatglm serve --port 8000
     """
-    for package in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
-        if importlib.util.find_spec(package) is None:
-            raise MissingExtraError(package, extra="serve", purpose="`chatglm serve`")
+    need_extra("serve", SERVING, "`chatglm serve`")
+    if web:
+        need_extra("web", ("gradio",), "`chatglm serve --web`")
     if placement.devices > 1:
         raise typer.BadParameter("serve runs on one device; start one server for each", param_hint="--devices")
     try:
@@ -67,7 +71,21 @@ def serve(
         )
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
-    terminal = common.terminal()
+    run(settings, source, placement, common.terminal())
+
+
+def run(
+    settings: ServerSettings,
+    source: str | None,
+    placement: PlacementOptions,
+    terminal: Terminal,
+    on_address: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until a signal. `on_address` hears where, once the model is loaded. Raises typer.Exit with the status."""
+    if settings.feedback_db is not None:
+        from ..server.feedback.schema import open_for_writing
+
+        open_for_writing(settings.feedback_db).close()  # told before anything heavy is imported or read
     from ..server.running import bind, run_server
 
     with bind(settings.host, settings.port) as listener:
@@ -75,9 +93,19 @@ def serve(
         from ..server.logs import RequestLog
 
         loaded = load_weights(source, placement, terminal)
-        status = run_server(Backend(loaded, settings), listener, RequestLog(as_json=settings.log_json))
+        backend = Backend(loaded, settings)
+        host, port = listener.getsockname()[:2]
+        on_address(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        status = run_server(backend, listener, RequestLog(as_json=settings.log_json))
     if status:
         raise typer.Exit(status)
+
+
+def need_extra(extra: str, packages: tuple[str, ...], purpose: str) -> None:
+    """Raises MissingExtraError for the first package that is not installed."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, extra=extra, purpose=purpose)
 
 
 def load_weights(source: str | None, placement: PlacementOptions, terminal: Terminal) -> LoadedModel:

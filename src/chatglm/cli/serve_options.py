@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -67,6 +68,10 @@ class ListenOptions:
         _option("--trusted-proxy", "Address whose X-Forwarded-For is believed (repeatable)", metavar="HOST"),
     ] = None
 
+    feedback_db: Annotated[
+        str | None, _option("--feedback-db", "Keep what people say about answers in this file", metavar="FILE")
+    ] = None
+
     def settings(self, limits: LimitOptions, *, enable_faults: bool, **more: Any) -> ServerSettings:
         """Everything checked. Raises RequestError."""
         from ..errors import RequestError
@@ -88,6 +93,7 @@ class ListenOptions:
             api_keys=read_keys(list(self.api_key or []), self.api_key_file),
             allow_no_key=self.allow_no_key,
             cors_origins=tuple(self.cors_origin or ()),
+            feedback_db=Path(self.feedback_db) if self.feedback_db else None,
             trusted_proxies=tuple(self.trusted_proxy or ()),
             max_body=parse_size(given.pop("max_body"), "--max-body"),
             kv_memory=parse_size(kv_memory, "--kv-memory") if kv_memory else None,

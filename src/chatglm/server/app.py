@@ -15,10 +15,11 @@ from .. import __version__
 from .api_errors import APIError
 from .backend import Backend
 from .border import Border, ClientGone
+from .feedback.body import FeedbackBody
 from .json_answer import JsonAnswer
 from .logs import RequestLog
 from .requests import request_id_of
-from .routes import chat, completions, embeddings, health, legacy, models, tokens
+from .routes import chat, completions, embeddings, feedback, health, legacy, models, tokens
 from .schemas import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, LegacyBody, TokenizeBody
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
     "/v1/embeddings": EmbeddingBody,
+    "/v1/feedback": FeedbackBody,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
     "/": LegacyBody,
@@ -38,6 +40,7 @@ def build_app(backend: Backend, log: RequestLog) -> Border:
     app = FastAPI(title="chatglm", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.backend = backend
     routers = [chat.router, completions.router, models.router, embeddings.router, tokens.router, health.router]
+    routers.append(feedback.router)
     for router in routers:
         app.include_router(router)
     if backend.settings.legacy_api:

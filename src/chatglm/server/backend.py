@@ -22,6 +22,8 @@ from ..errors import RequestError
 from .api_errors import APIError
 from .exchange import Exchange
 from .faults import Faults
+from .feedback.keeping import FeedbackKeeper
+from .feedback.store import FeedbackStore
 from .grammar import Grammars
 from .metrics import Metrics
 from .rate_limits import RateLimits
@@ -68,6 +70,11 @@ class Backend:
             memory["activation_peak_bytes"] = build.warm.activation_bytes
         self.metrics = Metrics(self.thread, self.model_name, settings.metrics_prefix, memory)
         self.rates = RateLimits(settings.rate_limit, settings.token_limit)
+        self.feedback: FeedbackKeeper | None = None
+        if settings.feedback_db is not None:
+            store = FeedbackStore(settings.feedback_db)
+            self.faults.fill(store)
+            self.feedback = FeedbackKeeper(store, self.metrics)
         self.is_draining = False
         self._exchanges: dict[str, Exchange] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -81,10 +88,12 @@ class Backend:
         self._watchdog = asyncio.create_task(self._watch())
 
     async def close(self) -> None:
-        """Stop the engine's thread."""
+        """Stop the engine's thread; feedback that waits is written."""
         if self._watchdog is not None:
             self._watchdog.cancel()
         await asyncio.to_thread(self.thread.stop)
+        if self.feedback is not None:
+            await asyncio.to_thread(self.feedback.store.close)
 
     async def _watch(self) -> None:
         while True:

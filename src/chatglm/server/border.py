@@ -33,7 +33,7 @@ MAX_IN_FLIGHT = 16 << 20
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 OPEN_PATHS = frozenset({"/health", "/ready"})
-LIMITED_PREFIXES = ("/v1/chat", "/v1/completions", "/v1/embeddings")
+LIMITED_PREFIXES = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/feedback")
 """Routes that count against rates."""
 
 
@@ -87,7 +87,7 @@ class Border:
             outgoing.extra |= {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 outgoing.extra |= {
-                    "Access-Control-Allow-Methods": "GET, POST",
+                    "Access-Control-Allow-Methods": "GET, POST, DELETE",
                     "Access-Control-Allow-Headers": "authorization, content-type, x-request-id",
                     "Access-Control-Max-Age": "600",
                 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, fields
+from sqlite3 import Connection
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..engine.serving_state import StreamEvent
 from ..engine.stream import Stream
 from ..engine.thread import HANG_S, Build
 from ..errors import RequestError
+from .feedback.store import FeedbackStore
 
 
 @dataclass
@@ -25,6 +27,7 @@ class Faults:
     memory_token first passes with this token id run out of memory, `memory_times` times
     step_delay   seconds that each step takes longer
     hang_s       when a step counts as hanging
+    feedback_pages  pages that the feedback file may grow by before its disk counts as full
     """
 
     raise_at_step: int | None = None
@@ -40,6 +43,7 @@ class Faults:
     memory_token: int | None = None
     memory_times: int = 1
     pool_blocks: int | None = None
+    feedback_pages: int | None = None
     steps: int = 0
 
     @classmethod
@@ -50,6 +54,17 @@ class Faults:
         if unknown:
             raise RequestError(f"CHATGLM_FAULTS has unknown names: {', '.join(sorted(unknown))}")
         return cls(**given)
+
+    def fill(self, store: FeedbackStore) -> None:
+        """Little room for feedback, where asked for: SQLite's own error, as on a full disk."""
+        if self.feedback_pages is not None:
+            more = self.feedback_pages
+
+            def bound(connection: Connection) -> None:
+                (pages,) = connection.execute("PRAGMA page_count").fetchone()
+                connection.execute(f"PRAGMA max_page_count = {pages + more}")
+
+            store.submit(bound).result()
 
     def _is_due(self, at: int | None) -> bool:
         return at is not None and (self.steps % at == 0 if self.every else self.steps == at)

@@ -61,6 +61,8 @@ class Metrics:
         self.rejected = counter("rejected", "Requests refused before the engine.", "reason")
         self.rate_limited = counter("rate_limited", "Requests refused by a rate limit.")
         self.ignored = counter("ignored_fields", "Fields that were accepted without effect.", "field")
+        self.feedback = counter("feedback", "Opinions stored and deleted, by kind.", "kind")
+        self.feedback_errors = counter("feedback_write_errors", "Opinions that could not be stored.")
         self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", _SECONDS)
         self.pace = histogram("request_time_per_output_token_seconds", "Mean time a token, of an answer.", _PACE)
         self.latency = histogram("e2e_request_latency_seconds", "From arrival to the end.", _SECONDS)

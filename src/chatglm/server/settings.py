@@ -40,6 +40,7 @@ class ServerSettings:
     prefill_budget   tokens times layers of one slice of a first pass; None is measured at the start
     deterministic    every step has one shape, so that answers do not depend on who else asks
     log_prompts      prompts and answers go into the log
+    feedback_db      SQLite file for what people say about answers; made where there is none
     web_path         where the chat page is, if `web`
     faults           JSON of faults to inject; refused unless enable_faults (tests)
     """
@@ -70,6 +71,7 @@ class ServerSettings:
     served_model_name: str = "chatglm"
     metrics_prefix: str = "chatglm"
     faults: str | None = None
+    feedback_db: Path | None = None
     web: bool = False
     web_path: str = "/chat"
 

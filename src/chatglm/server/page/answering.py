@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from ..api_errors import APIError
 from ..backend import Backend, Owner
 from ..conversation import read_messages
 from ..exchange import Exchange, error_of
+from ..feedback.prompt_hash import hash_ids
 from ..fitting import fit_conversation
 from ..sampling import check_limits, sampling_params, shared_choices
 from ..schemas import ChatBody
@@ -107,11 +107,6 @@ async def answer(
 def rate(tokens: int, seconds: float) -> float:
     """Tokens a second after the first one; 0 before there is anything to measure."""
     return round((tokens - 1) / seconds, 1) if tokens > 1 and seconds > 0 else 0.0
-
-
-def hash_ids(ids: list[int]) -> str:
-    """Of a context: two answers with the same one can be compared."""
-    return hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
 
 
 def no_owner() -> APIError:

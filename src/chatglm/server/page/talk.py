@@ -5,26 +5,15 @@ The server keeps none of it. What comes from a browser is checked here before an
 
 from __future__ import annotations
 
-import secrets
-import time
-import uuid
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..api_errors import APIError
+from ..feedback.ids import now_ms, uuid7
 
 MAX_TEXT = 1 << 18
 TITLE_LENGTH = 24
-
-
-def uuid7(milliseconds: int | None = None) -> str:
-    """A UUID of version 7: ids sort by time, and two processes never make the same one (RFC 9562 §5.7)."""
-    at = time.time_ns() // 1_000_000 if milliseconds is None else milliseconds
-    value = (at & (1 << 48) - 1) << 80 | secrets.randbits(80)
-    value = value & ~(0xF << 76) | 7 << 76
-    value = value & ~(0x3 << 62) | 2 << 62
-    return str(uuid.UUID(int=value))
 
 
 class _Kept(BaseModel):
@@ -82,7 +71,7 @@ class Talk(_Kept):
     id: str = Field(default_factory=uuid7, max_length=64)
     title: str = Field(default="", max_length=256)
     is_named: bool = False
-    created_at: int = Field(default_factory=lambda: time.time_ns() // 1_000_000)
+    created_at: int = Field(default_factory=now_ms)
     system: str = Field(default="", max_length=MAX_TEXT)
     rounds: list[Round] = Field(default_factory=list, max_length=512)
 
