@@ -43,6 +43,7 @@ class Report:
 
     losses    (step, loss) of every logged step
     finished  False where a signal stopped it
+    stopped   why the stage ended the run before its last step, or None
     model     the exported folder, or None
     """
 
@@ -55,6 +56,7 @@ class Report:
     nonfinite: int = 0
     restores: int = 0
     finished: bool = False
+    stopped: str | None = None
     model: Path | None = None
 
     @property
@@ -131,7 +133,7 @@ class Trainer:
         report = Report(self.run.out)
         begin, since = time.monotonic(), _Since(self.place)
         with StopSignal() as stop:
-            while self.place.step < self.total and not self.world.any(stop.is_set):
+            while self.place.step < self.total and not (report.stopped or self.world.any(stop.is_set)):
                 if self.task.before_step is not None:
                     self.task.before_step(self.place.step)
                 figures = self.step()
@@ -139,7 +141,10 @@ class Trainer:
                     since = _Since(self.place)
                     continue
                 self._after_step(figures, report, since)
-        self._finish(report, is_done=self.place.step >= self.total)
+                report.stopped = self.task.stops() if self.task.stops is not None else None
+        if report.stopped:
+            self.say(f"stopped at step {self.place.step:,}: {report.stopped}")
+        self._finish(report, is_done=self.place.step >= self.total or report.stopped is not None)
         report.seconds = time.monotonic() - begin
         return report
 
@@ -190,7 +195,7 @@ class Trainer:
         self.place.position += rows
         self.place.tokens += tokens
         self.place.loss_tokens += int(count)
-        metrics = {name: sums[f"{name}/sum"] / max(sums[f"{name}/by"], 1e-12) for name in sums["names"]}
+        metrics = {n: sums[f"{n}/sum"] / sums[f"{n}/by"] for n in sums["names"] if sums[f"{n}/by"]}
         verdict = Verdict.STEP if verdict is Verdict.RESTORE else verdict
         return StepFigures(loss, count, tokens, rows, norms, rate, verdict, metrics, timer.seconds)
 

@@ -68,6 +68,7 @@ class Task:
     on_checkpoint  may write more files into a checkpoint folder that is being made (process 0 only)
     on_resume      reads them again (every process)
     exported       what becomes `OUT/model`, if not the GLM in `model`; called on every process
+    stops          asked after every step: why the run should end here as if it were done, or None to go on
     """
 
     model: nn.Module
@@ -79,6 +80,7 @@ class Task:
     on_checkpoint: Callable[[Path], None] | None = None
     on_resume: Callable[[Path], None] | None = None
     exported: Callable[[Path], None] | None = None
+    stops: Callable[[], str | None] | None = None
 
     @property
     def glm(self) -> GLM:
