@@ -190,7 +190,7 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. `steps` or `epochs` says how long; `data` and `method` belong to the stage that reads them."""
+    """A whole run. `steps` or `epochs` says how long. Stages add sections of their own, such as `data`."""
 
     out: Path
     steps: int | None = field(default=None, metadata=AT_LEAST_1)
@@ -198,7 +198,6 @@ class RunConfig:
     seed: int = field(default=0, metadata=AT_LEAST_0)
     model: ModelSettings = ModelSettings()
     method: Mapping[str, Any] = field(default_factory=lambda: {"name": "full"})
-    data: Mapping[str, Any] = field(default_factory=dict)
     batch: BatchSettings = BatchSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()

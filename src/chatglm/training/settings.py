@@ -73,10 +73,17 @@ def put(mapping: dict[str, Any], key: str, value: Any) -> None:
     place[last] = value
 
 
-def build(kind: type[Settings], mapping: Mapping[str, Any] | None, where: str, prefix: str = "") -> Settings:
+def build(
+    kind: type[Settings],
+    mapping: Mapping[str, Any] | None,
+    where: str,
+    prefix: str = "",
+    defaults: Settings | None = None,
+) -> Settings:
     """A dataclass of `kind` from a mapping; keys that are left out keep their defaults.
 
-    where   what the values come from, for messages; prefix: the dotted name of this section, with its dot
+    where     what the values come from, for messages; prefix: the dotted name of this section, with its dot
+    defaults  values of keys that are left out, in the place of the class's own
     Raises TrainingError naming key, value and what is allowed.
     """
     mapping = {} if mapping is None else mapping
@@ -90,8 +97,10 @@ def build(kind: type[Settings], mapping: Mapping[str, Any] | None, where: str, p
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean `{prefix}{near[0]}`?" if near else f"known here: {', '.join(known)}"
             raise TrainingError(f"{where}: unknown key `{prefix}{key}`", cure=hint)
-        values[key] = _value(hints[key], value, where, f"{prefix}{key}")
+        values[key] = _value(hints[key], value, where, f"{prefix}{key}", _default(known[key]))
         _check_range(known[key].metadata, values[key], where, f"{prefix}{key}")
+    if defaults is not None:
+        return dataclasses.replace(defaults, **values)  # type: ignore[type-var]
     for name, field in known.items():
         is_needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         if is_needed and name not in values:
@@ -123,6 +132,13 @@ def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """The value of a field that is left out, or None."""
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else None
+
+
 def _copied(value: Any) -> Any:
     return {key: _copied(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
@@ -147,7 +163,7 @@ def _check_range(metadata: Mapping[str, Any], value: Any, where: str, key: str) 
             raise TrainingError(f"{where}: `{key}` is {number}; allowed: {said}")
 
 
-def _value(hint: Any, value: Any, where: str, key: str) -> Any:
+def _value(hint: Any, value: Any, where: str, key: str, default: Any = None) -> Any:
     """`value` in the type of the hint, or a TrainingError."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
@@ -164,7 +180,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             )
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return build(hint, value, where, f"{key}.")
+        return build(hint, value, where, f"{key}.", default if isinstance(default, hint) else None)
     if origin is tuple:
         return _items(arguments, value, where, key)
     if origin in (dict, Mapping) or hint is Any:

@@ -15,6 +15,7 @@ from ..checkpoint import hub, load_into, open_checkpoint
 from ..config import ModelConfig
 from ..errors import ConfigError, TrainingError
 from ..model import GLM, initialize
+from ..quantization import convert_on_load
 from ..tokenizer import Tokenizer
 from ..tokenizer.model_file import TOKENIZER_FILE
 from .run_config import ModelSettings
@@ -30,20 +31,14 @@ def source_folder(source: str) -> Path:
 
 
 def starting_config(settings: ModelSettings) -> ModelConfig:
-    """The model's description, without its weights.
+    """The model's description, without its weights; of a quantised checkpoint the one with floats.
 
     Raises TrainingError for an unknown key of `model.config`, with the nearest one.
     """
     if settings.source is not None:
         if settings.config:
             raise TrainingError("give `model.source` or `model.config`, one of them")
-        config = open_checkpoint(source_folder(settings.source)).config
-        if config.quantization_bit:
-            raise TrainingError(
-                f"{settings.source} has INT{config.quantization_bit} weights, which cannot be trained as a whole",
-                cure="start from the fp16 checkpoint, or use an adapter method",
-            )
-        return config
+        return open_checkpoint(source_folder(settings.source)).config.quantized(0)
     known = {field.name for field in fields(ModelConfig)}
     for key in settings.config:
         if key not in known:
@@ -62,7 +57,7 @@ def starting_config(settings: ModelSettings) -> ModelConfig:
 
 
 def starting_model(settings: ModelSettings, seed: int) -> GLM:
-    """The weights in fp32 on the CPU: a checkpoint's, or random ones (DeepNorm where the config asks for it)."""
+    """The weights in fp32 on the CPU: a checkpoint's (INT8 and INT4 expanded), or random ones (DeepNorm)."""
     config = starting_config(settings)
     if settings.source is None:
         model = GLM(config)
@@ -70,7 +65,9 @@ def starting_model(settings: ModelSettings, seed: int) -> GLM:
         return model
     with torch.device("meta"):
         model = GLM(config)
-    load_into(model, open_checkpoint(source_folder(settings.source)), dtype=torch.float32)
+    checkpoint = open_checkpoint(source_folder(settings.source))
+    transform = convert_on_load(checkpoint.config, config) if checkpoint.config.quantization_bit else None
+    load_into(model, checkpoint, dtype=torch.float32, transform=transform)
     return model
 
 
