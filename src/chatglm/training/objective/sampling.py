@@ -55,11 +55,18 @@ class Objective:
 
     def text_length(self, mode: str, window: int) -> int:
         """Tokens of text that a row of `window` tokens takes in this mode."""
-        first = int(self.mixture.within_documents)
         if mode == "document":
-            return window - 1 - first  # one for `[gMASK]`: sop takes the last token's place
+            return window - self.document_overhead
+        first = int(self.mixture.within_documents)
         parts = self.parts(mode, window)
         return parts * max(1, text_tokens(window // parts) - first)
+
+    @property
+    def document_overhead(self) -> int:
+        """Tokens that a document sample has more than its text: `[gMASK]` (sop takes the last token's place), an eop
+        where a span is cut out of the middle, `[CLS]`.
+        """
+        return 1 + int(self.mixture.gpt_infill_prob > 0) + int(self.mixture.within_documents)
 
     def parts(self, mode: str, window: int) -> int:
         """Texts that a row of this mode is cut in."""

@@ -1,0 +1,305 @@
+"""`chatglm data prepare`: a corpus → a prepared set, on all cores, in bounded memory, resumable at any moment.
+
+One process reads and cuts the corpus into blocks of 4 MB; workers turn each into ids and write it to `OUT.partial/`,
+whole or not at all; when all are there they are merged into shards and the folder gets its name in one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chatglm.errors import TrainingError
+from chatglm.tokenizer import Tokenizer
+
+from .block_files import BlockFacts, block_identity, block_path, write_block
+from .blocks import BLOCK_BYTES, Block, blocks_of
+from .encoding import Reading, encode_block
+from .inputs import Form, expand, open_inputs, total_bytes
+from .layout import Layout, sentence_ends
+from .merging import SHARD_TOKENS, find_repetitions, read_table, write_set
+from .prepared import FORMAT, INDEX_FILE, VERSION, PreparedSet
+from .problems import Allowance, Findings
+
+Progress = Callable[[int, int, str], None]
+END_OF_TEXT = "</s>"
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is prepared, and how.
+
+    inputs       files, folders, archives, `-` for stdin
+    tokenizer    a checkpoint folder, or an `ice_text.model`
+    end_of_text  the piece behind every text
+    form         jsonl, json or text, where the names do not say
+    allowance    problems that are passed over
+    """
+
+    inputs: tuple[str, ...]
+    tokenizer: Path
+    layout: Layout = field(default_factory=Layout)
+    reading: Reading = field(default_factory=Reading)
+    end_of_text: str = END_OF_TEXT
+    form: Form | None = None
+    allowance: Allowance = field(default_factory=Allowance)
+    block_bytes: int = BLOCK_BYTES
+    shard_tokens: int = SHARD_TOKENS
+
+
+def open_tokenizer(path: Path) -> Tokenizer:
+    """From a checkpoint folder or a tokenizer file."""
+    return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
+
+
+def prepare(
+    preparation: Preparation,
+    out: Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PreparedSet:
+    """Write the prepared set `out`; the same call again goes on where an earlier one was interrupted.
+
+    workers  processes; None: as many as cores. 1 works in this process
+    Raises TrainingError for bad data (file, line and what to do), and for a folder that holds something else.
+    """
+    tokenizer = open_tokenizer(preparation.tokenizer)
+    identity = _identity(preparation, tokenizer)
+    partial = out.with_name(f"{out.name}.partial")
+    done = _finished(out, identity, overwrite)
+    if done is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+        return done
+    _begin(partial, identity)
+    with _locked(partial, out):
+        began = time.monotonic()
+        blocks, findings = _encode_all(preparation, tokenizer, partial, workers or os.cpu_count() or 1, progress)
+        sources: dict[str, int] = {}
+        table = read_table(blocks, sources)
+        keep = find_repetitions(table, blocks, findings)
+        findings.raise_if_stopping(preparation.allowance, len(table) + sum(findings.counts.values()))
+        if not keep.any():
+            raise TrainingError(
+                f"{', '.join(preparation.inputs)}: there is no text and no dialogue",
+                cure="name files in a format of docs/training-data.md",
+            )
+        about = {
+            **_about(preparation, tokenizer, identity),
+            "left_out": sum(facts.left_out for facts in blocks),
+            "samples_with_dropped_rounds": sum(facts.dropped_rounds for facts in blocks),
+            "problems": findings.as_dict(),
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        merged = partial / "set"
+        shutil.rmtree(merged, ignore_errors=True)
+        write_set(merged, blocks, table, keep, sources, about, shard_tokens=preparation.shard_tokens, progress=progress)
+        np.save(merged / "sentence_ends.npy", sentence_ends(tokenizer))
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(merged, out)
+    shutil.rmtree(partial, ignore_errors=True)
+    return PreparedSet.open(out)
+
+
+def _identity(preparation: Preparation, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the ids. The same identity and the same blocks give the same set."""
+    return {
+        "version": VERSION,
+        "tokenizer_sha256": tokenizer.file.sha256,
+        "image_tokens": tokenizer.offset,
+        "end_of_text": preparation.end_of_text,
+        "layout": asdict(preparation.layout),
+        "reading": json.loads(json.dumps(asdict(preparation.reading))),
+        "form": preparation.form,
+        "block_bytes": preparation.block_bytes,
+        "inputs": list(preparation.inputs),
+    }
+
+
+def _about(preparation: Preparation, tokenizer: Tokenizer, identity: dict[str, Any]) -> dict[str, Any]:
+    names = ("mask_id", "gmask_id", "smask_id", "sop_id", "eop_id")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "vocab_size": tokenizer.vocab_size,
+        "ids": {
+            **{name.removesuffix("_id"): getattr(tokenizer, name) for name in names},
+            "end_of_text": tokenizer.piece_to_id(preparation.end_of_text),
+            "start_of_text": tokenizer.piece_to_id("<ENC>"),
+            "hidden": tokenizer.piece_to_id("<dBLOCK>"),
+        },
+        "made_of": identity,
+    }
+
+
+def _finished(out: Path, identity: dict[str, Any], overwrite: bool) -> PreparedSet | None:
+    """The set that is already there, if it is the one that is asked for."""
+    if not out.exists():
+        return None
+    if (out / INDEX_FILE).is_file():
+        found = PreparedSet.open(out)
+        if found.index["made_of"] == identity and not overwrite and "-" not in identity["inputs"]:
+            return found
+        if overwrite:
+            return None
+        raise TrainingError(
+            f"{out} holds data that was prepared otherwise", cure="add --overwrite, or name another --out"
+        )
+    if out.is_dir() and not any(out.iterdir()):
+        return None
+    raise TrainingError(f"{out} exists and is no prepared data", cure="name another folder with --out")
+
+
+def _begin(partial: Path, identity: dict[str, Any]) -> None:
+    """Make the working folder, emptied of blocks of another preparation."""
+    made_of = partial / "made_of.json"
+    wanted = json.dumps(identity, sort_keys=True)
+    if partial.exists() and not (made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted):
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    written = partial / "made_of.tmp"
+    written.write_text(wanted, encoding="utf-8")
+    os.replace(written, made_of)
+
+
+@contextlib.contextmanager
+def _locked(partial: Path, out: Path) -> Iterator[None]:
+    with (partial / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(
+                f"{out} is being prepared by another process", cure="wait for it, or stop it"
+            ) from error
+        yield
+
+
+def _encode_all(
+    preparation: Preparation, tokenizer: Tokenizer, partial: Path, workers: int, progress: Progress | None
+) -> tuple[list[BlockFacts], Findings]:
+    """Every block of the corpus in ids on disk; problems stop the run as soon as they are too many."""
+    files = expand(preparation.inputs)
+    total = total_bytes(files)
+    findings = Findings()
+    done: dict[int, BlockFacts] = {}
+    reported = 0
+
+    def note(number: int, facts: BlockFacts) -> None:
+        nonlocal reported
+        done[number] = facts
+        while reported in done:  # in the order of the corpus, whoever is ready first
+            findings.add(done[reported].problems)
+            reported += 1
+            findings.raise_if_stopping(preparation.allowance)
+
+    work = _Work(partial, preparation, tokenizer, workers)
+    with work:
+        for block in blocks_of(
+            open_inputs(files, preparation.form), preparation.reading.separation, preparation.block_bytes
+        ):
+            facts = BlockFacts.read(block_path(partial, block.number))
+            if facts is not None and facts.identity == block_identity(block):
+                note(block.number, facts)
+            else:
+                for number, ready in work.submit(block):
+                    note(number, ready)
+            if progress is not None:
+                progress(block.consumed, total or block.consumed, "reading text")
+        for number, ready in work.rest():
+            note(number, ready)
+    return [done[number] for number in sorted(done)], findings
+
+
+class _Work:
+    """Blocks given to workers, never more waiting than twice their number."""
+
+    def __init__(self, partial: Path, preparation: Preparation, tokenizer: Tokenizer, workers: int) -> None:
+        end_of_text = tokenizer.piece_to_id(preparation.end_of_text)
+        self.job = _Job(partial, preparation.layout, preparation.reading, end_of_text)
+        self.tokenizer = tokenizer
+        self.workers = workers
+        self._pool: Executor | None = None
+        self._running: dict[Future[BlockFacts], int] = {}
+
+    def __enter__(self) -> _Work:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def submit(self, block: Block) -> Iterator[tuple[int, BlockFacts]]:
+        """Give a block away; yields blocks that became ready meanwhile."""
+        if self.workers == 1:
+            yield block.number, self.job.run(block, self.tokenizer)
+            return
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                self.workers,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_start_worker,
+                initargs=(self.job, str(self.tokenizer.path), self.tokenizer.offset),
+            )
+        self._running[self._pool.submit(_work_on, block)] = block.number
+        if len(self._running) >= 2 * self.workers:
+            yield from self._ready()
+
+    def rest(self) -> Iterator[tuple[int, BlockFacts]]:
+        """Wait for all that was given away."""
+        while self._running:
+            yield from self._ready()
+
+    def _ready(self) -> Iterator[tuple[int, BlockFacts]]:
+        ready, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        for future in ready:
+            yield self._running.pop(future), future.result()
+
+
+@dataclass(frozen=True)
+class _Job:
+    partial: Path
+    layout: Layout
+    reading: Reading
+    end_of_text: int
+
+    def run(self, block: Block, tokenizer: Tokenizer) -> BlockFacts:
+        encoded = encode_block(block, tokenizer, self.layout, self.reading, self.end_of_text)
+        return write_block(self.partial, block, encoded)
+
+
+_here: dict[str, Any] = {}
+"""What a worker process holds."""
+
+
+def _start_worker(job: _Job, tokenizer_file: str, offset: int) -> None:
+    _here["job"] = job
+    _here["tokenizer"] = Tokenizer.from_file(tokenizer_file, image_tokens=offset)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A killed parent cannot tell its workers; they see its end themselves."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _work_on(block: Block) -> BlockFacts:
+    job: _Job = _here["job"]
+    return job.run(block, _here["tokenizer"])
