@@ -22,6 +22,7 @@ TOKENIZER_FILE = "ice_text.model"
 # Fields of SentencePiece's ModelProto and of the messages inside.
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_KIND = 1, 2, 3
+_TEXT_KEY, _SCORE_KEY = _PIECE_TEXT << 3 | 2, _PIECE_SCORE << 3 | 5
 _BYTE_FALLBACK = 35
 
 _KINDS = {kind.value: kind for kind in Kind}
@@ -197,6 +198,11 @@ def _damaged(path: Path, raw: bytes, count: int, what: str) -> TokenizerError:
 
 
 def _piece(data: bytes, entry: Field) -> tuple[bytes, Kind]:
+    """Text and kind of a piece. Nearly all are a short text, a score and no more: those are read in place."""
+    start, end = entry.value, entry.end
+    text_end = start + 2 + data[start + 1] if end - start > 2 else 0
+    if text_end + 5 == end and data[start] == _TEXT_KEY and data[start + 1] < 0x80 and data[text_end] == _SCORE_KEY:
+        return data[start + 2 : text_end], Kind.NORMAL
     text, kind = b"", Kind.NORMAL
     for part in scan(data, entry.value, entry.end):
         if part.number == _PIECE_TEXT:
