@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from chatglm.errors import TrainingError
+from chatglm.errors import RequestError
+from chatglm.evaluation.judges import FullSentence, judge_of, judged_rate, win_rate
 from chatglm.training.rlhf.guards import AdaptiveBeta, Guards, Watchman, clip_rewards
-from chatglm.training.rlhf.judge import FullSentence, judge_of, judged_rate, win_rate
 
 
 @pytest.mark.parametrize("answer", ["It is blue.", "它是蓝色的。", 'He said "yes!"', "真的吗？”", "Wait…  "])
@@ -31,9 +31,9 @@ def test_a_judge_asks_everything_that_its_description_names() -> None:
 
 
 def test_an_unknown_or_empty_description_is_refused() -> None:
-    with pytest.raises(TrainingError, match="unknown key `keywrd`"):
+    with pytest.raises(RequestError, match="unknown key `keywrd`"):
         judge_of({"keywrd": "x"})
-    with pytest.raises(TrainingError, match="nothing is asked"):
+    with pytest.raises(RequestError, match="nothing is asked"):
         judge_of({})
 
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ...config import ModelConfig
+from ...evaluation.judges import Judge
 from ...model import GLM, Attend, plain_attention
 from ...tokenizer import Tokenizer
 from ..samples import Batch, Sample
 from .advantages import against_reference
 from .answers import closed_sample, one_a_row
 from .guards import clip_rewards
-from .judge import Judge
 from .policy import action_logprobs, by_tokens
 from .reward import RewardModel
 from .rollout import Answer, Prompt

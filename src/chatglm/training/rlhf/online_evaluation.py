@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...evaluation.judges import Judge, judged_rate, win_rate
 from ...model import GLM, Attend, plain_attention
 from ..loss import batch_loss
 from ..metrics import Say
 from ..samples import Batch
 from .experience import RewardFunction, gather_experience
 from .guards import Guards, Watchman, clip_rewards
-from .judge import Judge, judged_rate, win_rate
 from .online import Online
 from .rollout import Answer, Prompt, RolloutEngine, make_prompt
 from .watch import answer_metrics, kl_metrics

@@ -1,7 +1,7 @@
 """Programmatic judges: what is wanted of an answer, as a rule that no training can talk into anything.
 
-A judge stands apart from the reward: where the reward rises and the judge's rate falls, the policy has found a hole in
-the reward model (guards.py).
+A judge stands apart from any reward model: where the reward rises and the judge's rate falls, the policy has found a
+hole in the reward (training/rlhf/guards.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...errors import TrainingError
+from ..errors import RequestError
 
 Judge = Callable[[str, str], bool]
 """(prompt, answer) → whether the answer passes."""
@@ -65,11 +65,11 @@ def judge_of(settings: Mapping[str, Any]) -> Judge:
     """A judge from the `judge:` part of a YAML file.
 
     full_sentence: true · keyword: word or list · keyword_at_most: times · max_characters: number
-    Raises TrainingError for an unknown key or an empty description.
+    Raises RequestError for an unknown key or an empty description.
     """
     known = {"full_sentence", "keyword", "keyword_at_most", "max_characters"}
     if foreign := sorted(set(settings) - known):
-        raise TrainingError(f"judge: unknown key `{foreign[0]}`", cure=f"known are {', '.join(sorted(known))}")
+        raise RequestError(f"judge: unknown key `{foreign[0]}`", cure=f"known are {', '.join(sorted(known))}")
     judges: list[Judge] = [FullSentence()] if settings.get("full_sentence") else []
     if words := settings.get("keyword"):
         most = settings.get("keyword_at_most")
@@ -77,7 +77,7 @@ def judge_of(settings: Mapping[str, Any]) -> Judge:
     if settings.get("max_characters") is not None:
         judges.append(AtMost(int(settings["max_characters"])))
     if not judges:
-        raise TrainingError("judge: nothing is asked of an answer", cure="set full_sentence, keyword or max_characters")
+        raise RequestError("judge: nothing is asked of an answer", cure="set full_sentence, keyword or max_characters")
     return judges[0] if len(judges) == 1 else Every(tuple(judges))
 
 
