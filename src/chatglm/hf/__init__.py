@@ -15,6 +15,7 @@ except ImportError as _error:
     raise MissingExtraError("transformers", extra="hf", purpose="chatglm.hf") from _error
 
 from .cache import ChatGLMCache
+from .classification import ChatGLMForSequenceClassification
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration, ChatGLMModel
 from .pretrained import ChatGLMPreTrainedModel
@@ -25,6 +26,7 @@ __all__ = [
     "ChatGLMCache",
     "ChatGLMConfig",
     "ChatGLMForConditionalGeneration",
+    "ChatGLMForSequenceClassification",
     "ChatGLMModel",
     "ChatGLMPreTrainedModel",
     "ChatGLMTokenizer",

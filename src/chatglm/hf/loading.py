@@ -11,9 +11,9 @@ import torch
 import transformers
 from transformers.utils import logging
 
-from ..checkpoint import check, open_checkpoint
+from ..checkpoint import open_checkpoint, verify
 from ..checkpoint.loading import untied
-from ..checkpoint.problem import FileError
+from ..checkpoint.problem import FileError, raise_for
 from ..checkpoint.reading import holds_same
 from ..errors import CheckpointError
 
@@ -32,17 +32,20 @@ _NOT_A_FOLDER_OF_OURS = ("gguf_file", "state_dict", "subfolder", "variant", "qua
 """Arguments that make transformers read something else than the files at the top of the folder."""
 
 
-def verify_before_loading(source: str | os.PathLike[str] | None, kwargs: Mapping[str, Any]) -> None:
+def verify_before_loading(
+    source: str | os.PathLike[str] | None, kwargs: Mapping[str, Any], own: tuple[str, ...] = ()
+) -> None:
     """Raise CheckpointError for a local folder that cannot be loaded, before memory is spent.
 
     A folder without config.json is left to transformers (adapters), a hub name too.
+    own  beginnings of tensor names that the class has beside the language model's
     """
     if source is None or any(kwargs.get(key) for key in _NOT_A_FOLDER_OF_OURS):
         return
     folder = Path(source)
     if not (folder / "config.json").is_file():
         return
-    check(folder, tokenizer=False)
+    raise_for([p for p in verify(folder, tokenizer=False) if not p.tensor.startswith(own)], str(folder))
     checkpoint = open_checkpoint(folder)
     if checkpoint.is_prefix_only:
         raise CheckpointError(

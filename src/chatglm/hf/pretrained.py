@@ -30,13 +30,15 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     # As in the original, norms stay fp32 until `.half()` casts everything; a prefix too.
     _keep_in_fp32_modules = ["input_layernorm", "post_attention_layernorm", "final_layernorm"]  # noqa: RUF012
     has_new_prefix = False
+    own_tensors: tuple[str, ...] = ()
+    """Beginnings of tensor names that a class has beside the language model's."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """As in transformers, but a local folder is verified before memory is spent, and without a dtype the
         checkpoint's own is used in every version.
         """
-        verify_before_loading(pretrained_model_name_or_path, kwargs)
+        verify_before_loading(pretrained_model_name_or_path, kwargs, cls.own_tensors)
         if "dtype" not in kwargs and "torch_dtype" not in kwargs:
             kwargs[DTYPE_KEY] = "auto"
         kwargs.setdefault("low_cpu_mem_usage", True)  # one copy of the weights, also before transformers 4.5x

@@ -11,14 +11,29 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
+from .classification import ChatGLMForSequenceClassification
 from .configuration import ChatGLMConfig
 from .modeling import ChatGLMForConditionalGeneration, ChatGLMModel
 from .tokenization import ChatGLMTokenizer
 
 OWN_CLASSES: dict[str, Any] = {
-    own.__name__: own for own in (ChatGLMConfig, ChatGLMTokenizer, ChatGLMModel, ChatGLMForConditionalGeneration)
+    own.__name__: own
+    for own in (
+        ChatGLMConfig,
+        ChatGLMTokenizer,
+        ChatGLMModel,
+        ChatGLMForConditionalGeneration,
+        ChatGLMForSequenceClassification,
+    )
 }
 
 _AUTO_MODULES = ("configuration_auto", "auto_factory", "tokenization_auto")
@@ -31,6 +46,7 @@ def register() -> None:
     AutoTokenizer.register(ChatGLMConfig, slow_tokenizer_class=ChatGLMTokenizer, exist_ok=True)
     for auto in (AutoModel, AutoModelForSeq2SeqLM, AutoModelForCausalLM):
         auto.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+    AutoModelForSequenceClassification.register(ChatGLMConfig, ChatGLMForSequenceClassification, exist_ok=True)
     for name in _AUTO_MODULES:
         module = importlib.import_module(f"transformers.models.auto.{name}")
         fetch = getattr(module, _FETCH)
