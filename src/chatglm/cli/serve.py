@@ -12,6 +12,7 @@ from ..errors import MissingExtraError, RequestError
 from .options import CommonOptions, PlacementOptions, Source
 from .progress import ProgressBar
 from .serve_options import LimitOptions, ListenOptions
+from .serve_replicas import ReplicaOptions, run_replicas
 from .source_folder import source_folder
 from .streams import Terminal
 
@@ -43,6 +44,7 @@ def serve(
         str, typer.Option("--metrics-prefix", help="chatglm, or vllm for dashboards made for it")
     ] = "chatglm",
     enable_faults: Annotated[bool, typer.Option("--enable-faults", hidden=True)] = False,
+    replicas: ReplicaOptions,
     placement: PlacementOptions,
     common: CommonOptions,
 ) -> None:
@@ -71,6 +73,14 @@ def serve(
         )
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
+    if replicas.replicas is not None:
+        need_extra("ray", ("ray",), "`chatglm serve --replicas`")
+        status = run_replicas(settings, replicas, source, placement)
+        if status:
+            raise typer.Exit(status)
+        return
+    if replicas.min_replicas is not None or replicas.max_replicas is not None:
+        raise typer.BadParameter("--min-replicas and --max-replicas go with --replicas auto")
     run(settings, source, placement, common.terminal())
 
 
