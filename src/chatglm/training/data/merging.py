@@ -155,10 +155,12 @@ def write_set(
         "text": _Part(folder / "text", shard_tokens),
         "dialogue": _Part(folder / "dialogue", shard_tokens),
     }
-    start = 0
+    start = done = 0
+    total = sum(facts.path.stat().st_size for facts in blocks)
     for number, facts in enumerate(blocks):
         if progress is not None:
-            progress(number, len(blocks), "writing shards")
+            progress(done, total, "writing shards")
+        done += facts.path.stat().st_size
         stop = start + facts.records
         records = slice(start, stop)
         names = ("text_ids", "text_lengths", "answer_ids", "answer_lengths", "context_lengths")

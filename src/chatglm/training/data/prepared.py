@@ -2,7 +2,7 @@
 
 A folder of `index.json`, and for each of the two collections, `text` and `dialogue`: `tokens-00000.bin` … (int32,
 little endian, one after the other), `offsets.npy` (where each document begins), `contexts.npy` (dialogue: |A| of each
-sample), `sources.npy`, `files.npy` and `lines.npy` (where each came from).
+sample), `sources.npy`, `files.npy` and `lines.npy` (where each came from). The tokenizer's file lies beside.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from chatglm.errors import TrainingError
+from chatglm.tokenizer import TOKENIZER_FILE, Tokenizer
 
 INDEX_FILE = "index.json"
 FORMAT = "chatglm-tokens"
@@ -158,6 +159,11 @@ class PreparedSet:
     def sources(self) -> list[str]:
         """Names of the sources, by index."""
         return [str(source["name"]) for source in self.index["sources"]]
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the ids belong to; the set holds its file."""
+        made_of = self.index["made_of"]
+        return Tokenizer.from_file(self.folder / TOKENIZER_FILE, image_tokens=made_of["image_tokens"])
 
     def verify(self) -> list[str]:
         """Files whose sha256 is not the index's, one line each; reads everything."""

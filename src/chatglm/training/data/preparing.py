@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from chatglm.errors import TrainingError
-from chatglm.tokenizer import Tokenizer
+from chatglm.tokenizer import TOKENIZER_FILE, Tokenizer
 
 from .block_files import BlockFacts, block_identity, block_path, write_block
 from .blocks import BLOCK_BYTES, Block, blocks_of
@@ -88,7 +88,7 @@ def prepare(
     _begin(partial, identity)
     with _locked(partial, out):
         began = time.monotonic()
-        blocks, findings = _encode_all(preparation, tokenizer, partial, workers or os.cpu_count() or 1, progress)
+        blocks, findings, kept = _encode_all(preparation, tokenizer, partial, workers or os.cpu_count() or 1, progress)
         sources: dict[str, int] = {}
         table = read_table(blocks, sources)
         keep = find_repetitions(table, blocks, findings)
@@ -103,12 +103,14 @@ def prepare(
             "left_out": sum(facts.left_out for facts in blocks),
             "samples_with_dropped_rounds": sum(facts.dropped_rounds for facts in blocks),
             "problems": findings.as_dict(),
+            "blocks_kept_from_before": kept,
             "seconds": round(time.monotonic() - began, 1),
         }
         merged = partial / "set"
         shutil.rmtree(merged, ignore_errors=True)
         write_set(merged, blocks, table, keep, sources, about, shard_tokens=preparation.shard_tokens, progress=progress)
         np.save(merged / "sentence_ends.npy", sentence_ends(tokenizer))
+        shutil.copyfile(tokenizer.path, merged / TOKENIZER_FILE)
         if out.exists():
             shutil.rmtree(out)
         os.replace(merged, out)
@@ -191,13 +193,16 @@ def _locked(partial: Path, out: Path) -> Iterator[None]:
 
 def _encode_all(
     preparation: Preparation, tokenizer: Tokenizer, partial: Path, workers: int, progress: Progress | None
-) -> tuple[list[BlockFacts], Findings]:
-    """Every block of the corpus in ids on disk; problems stop the run as soon as they are too many."""
+) -> tuple[list[BlockFacts], Findings, int]:
+    """Every block of the corpus in ids on disk, what is wrong with it, and how many blocks were there already.
+
+    Problems stop the run as soon as they are too many.
+    """
     files = expand(preparation.inputs)
     total = total_bytes(files)
     findings = Findings()
     done: dict[int, BlockFacts] = {}
-    reported = 0
+    reported = kept = 0
 
     def note(number: int, facts: BlockFacts) -> None:
         nonlocal reported
@@ -214,6 +219,7 @@ def _encode_all(
         ):
             facts = BlockFacts.read(block_path(partial, block.number))
             if facts is not None and facts.identity == block_identity(block):
+                kept += 1
                 note(block.number, facts)
             else:
                 for number, ready in work.submit(block):
@@ -222,7 +228,7 @@ def _encode_all(
                 progress(block.consumed, total or block.consumed, "reading text")
         for number, ready in work.rest():
             note(number, ready)
-    return [done[number] for number in sorted(done)], findings
+    return [done[number] for number in sorted(done)], findings, kept
 
 
 class _Work:

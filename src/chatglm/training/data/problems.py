@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,7 +26,9 @@ KINDS: dict[str, str] = {
 """Kind and what it means. Allowed, a record with a problem is left out; a contradiction is kept."""
 
 SHOWN = 5
-"""Problems of a kind that are listed before the rest is only counted."""
+"""Problems of a kind that are kept before the rest is only counted."""
+LISTED = 3
+"""Problems in the message of an error."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ class Findings:
         kinds = self.stopping(allowance, records)
         if not kinds:
             return
-        lines = [str(problem) for problem in self.shown if problem.kind in kinds][:SHOWN]
+        lines = [str(problem) for problem in self.shown if problem.kind in kinds][:LISTED]
         counted = ", ".join(f"{self.counts[kind]:,} {kind}" for kind in kinds)
         raise TrainingError(
             f"{lines[0]}" + "".join(f"\n  {line}" for line in lines[1:]) + f"\n  so far: {counted}",
@@ -121,8 +123,3 @@ class Findings:
 
     def as_dict(self) -> dict[str, Any]:
         return {"counts": dict(self.counts), "first": [problem.as_dict() for problem in self.shown]}
-
-
-def listed(kinds: Sequence[str]) -> str:
-    """Kinds with their meaning, a line each."""
-    return "\n".join(f"{kind:<14} {KINDS[kind]}" for kind in kinds)
