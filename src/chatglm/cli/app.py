@@ -35,6 +35,7 @@ COMMANDS: dict[str, str] = {
     "eval": "What each form of the weights costs: perplexity and agreement against fp32.",
     "bench": "Speed and memory here, beside what this machine could do at best.",
     "data": "Training data: what people said about answers.",
+    "train": "Train a model: pre-training, fine-tuning, pictures of the curves.",
     "doctor": "What this machine has, what would be chosen and why, what is missing.",
 }
 """Name and one line of each command; the module and the function are named like the command.

@@ -68,13 +68,13 @@ class ScheduleSettings:
 
     kind           cosine, linear: to `floor` at the last step; constant; constant_decay: constant, then linear over
                    the last `decay` share of the steps
-    warmup         steps from `warmup_from` to 1
+    warmup         steps from `warmup_from` to 1 [a tenth of the run, at most 100]
     floor          lowest multiple
     steps          length of the schedule [the run's steps]
     """
 
     kind: Literal["cosine", "linear", "constant", "constant_decay"] = "cosine"
-    warmup: int = field(default=100, metadata=AT_LEAST_0)
+    warmup: int | None = field(default=None, metadata=AT_LEAST_0)
     warmup_from: float = field(default=0.0, metadata=SHARE)
     floor: float = field(default=0.1, metadata=SHARE)
     decay: float = field(default=0.2, metadata=SHARE)

@@ -14,7 +14,7 @@ from .run_config import BatchSettings, ScheduleSettings
 
 def learning_rate_factor(step: int, schedule: ScheduleSettings, total: int) -> float:
     """Multiple of the base rate at update `step`, counted from 0, of `total`."""
-    warmup = schedule.warmup
+    warmup = min(100, total // 10) if schedule.warmup is None else schedule.warmup
     if step < warmup:
         return schedule.warmup_from + (1 - schedule.warmup_from) * (step + 1) / warmup
     total = schedule.steps or total
