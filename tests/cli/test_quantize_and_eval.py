@@ -118,3 +118,24 @@ def test_eval_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     assert run("eval", "--suite", "general").returncode == 2
     done = run("eval", "--text", tmp_path / "absent.txt")
     assert done.returncode == 1 and "absent.txt cannot be read" in done.stderr
+
+
+def test_answers_are_measured_and_written(tmp_path: Path) -> None:
+    for name in ("jieba", "nltk", "rouge_chinese"):
+        pytest.importorskip(name)
+    questions, said = tmp_path / "questions.jsonl", tmp_path / "said.jsonl"
+    questions.write_text('{"prompt": "你好", "response": "你好！"}\n', encoding="utf-8")
+    rules = "full_sentence,max_characters=60"
+    done = run("eval", "--suite", "answers", "--data", questions, "--judge", rules, "--predictions", said, "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (row,) = report["rows"]
+    assert row["judged"] in (0.0, 1.0) and 0 <= row["bleu-4"] <= 100 and report["questions"] == 1
+    (line,) = said.read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["labels"] == "你好！" and json.loads(line)["predict"][0]
+
+
+def test_wrong_suites_and_rules_are_refused_by_name(tmp_path: Path) -> None:
+    assert "needs --data" in run("eval", "--suite", "answers").stderr
+    done = run("eval", "--suite", "answers", "--data", tmp_path / "x", "--judge", "longer=3")
+    assert done.returncode == 2 and "unknown key `longer`" in done.stderr
