@@ -40,11 +40,13 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         layout = parameter.device_mesh if isinstance(parameter, DTensor) else None
         groups[parameter.ndim >= 2, layout].append(parameter)
     decay = settings.weight_decay
+    is_cuda = all(parameter.is_cuda for found in groups.values() for parameter in found)
     return torch.optim.AdamW(
         [{"params": found, "weight_decay": decay if is_matrix else 0.0} for (is_matrix, _), found in groups.items()],
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,
+        fused=is_cuda,  # the other kernels make temporary copies as large as the weights
     )
 
 

@@ -60,7 +60,10 @@ def starting_model(settings: ModelSettings, seed: int) -> GLM:
     """The weights in fp32 on the CPU: a checkpoint's (INT8 and INT4 expanded), or random ones (DeepNorm)."""
     config = starting_config(settings)
     if settings.source is None:
-        model = GLM(config)
+        with torch.device("meta"):
+            model = GLM(config)
+        model.to_empty(device="cpu")  # nothing is drawn twice
+        model.tie_head()
         initialize(model, seed)
         return model
     with torch.device("meta"):
