@@ -23,6 +23,7 @@ from chatglm.training.data import (
     Preparation,
     PreparedSet,
     TextStream,
+    hold_out,
     open_stream,
     prepare,
 )
@@ -242,3 +243,21 @@ def test_data_of_another_tokenizer_is_refused(prepared: PreparedSet) -> None:
         open_stream(prepared.folder.parent, length=256, seed=0)
     with pytest.raises(TrainingError, match="none of 150 samples fits a row of 4 tokens"):
         open_stream([Ingredient(str(prepared.folder), "dialogue")], length=4, seed=0)
+
+
+@pytest.mark.parametrize("name", ["text", "apart", "dialogue", "all", "glm"])
+def test_held_out_rows_never_come_in_training(prepared: PreparedSet, name: str) -> None:
+    whole = opened(prepared, name)
+    training, held_out = hold_out(whole, 5)
+    assert 0 < held_out.rows_per_epoch <= 8
+    assert whole.rows_per_epoch - 10 <= training.rows_per_epoch < whole.rows_per_epoch
+    if isinstance(training, TextStream) and isinstance(held_out, TextStream):
+        assert (training.first, training.stop, held_out.stop) == (0, held_out.first, prepared.text.tokens)
+        for part in (training, held_out):
+            places = [part._place(2, number) for number in range(part.rows_per_epoch)]
+            assert all(part.first <= start and start + size <= part.stop for _, start, size in places)
+    elif isinstance(training, PackedStream) and isinstance(held_out, PackedStream):
+        rows = [{part.plan.row(row)[0] for row in part.rows} for part in (training, held_out)]
+        assert not rows[0] & rows[1] and len(rows[0]) + len(rows[1]) == len(training.plan)
+    with pytest.raises(TrainingError, match="are to be held out, the data has"):
+        hold_out(whole, 10_000)

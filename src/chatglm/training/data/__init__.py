@@ -1,6 +1,7 @@
 """Training data: files of every known format → prepared sets of ids → streams of packed rows.
 
-Read in this order: formats, inputs, blocks, layout, encoding, preparing, merging, prepared; packing, streams, opening.
+Read in this order: formats, inputs, blocks, layout, encoding, preparing, merging, prepared; packing, streams,
+mixing, opening, remote.
 Making a set needs no torch; reading it for training does.
 """
 
@@ -13,13 +14,14 @@ _HOMES = {
     "Allowance": "problems",
     "Ingredient": "opening",
     "Layout": "layout",
-    "MixedStream": "streams",
+    "MixedStream": "mixing",
     "PackedStream": "streams",
     "Preparation": "preparing",
     "PreparedSet": "prepared",
     "Reading": "encoding",
     "Stream": "streams",
     "TextStream": "streams",
+    "hold_out": "mixing",
     "open_stream": "opening",
     "prepare": "preparing",
 }

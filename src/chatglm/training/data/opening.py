@@ -18,10 +18,14 @@ import numpy.typing as npt
 
 from chatglm.config import ModelConfig
 from chatglm.errors import TrainingError
+from chatglm.tokenizer import Tokenizer
 
 from ..objective import Objective, SpecialIds, named_mixture
+from .layout import sentence_ends
+from .mixing import MixedStream
 from .prepared import INDEX_FILE, PARTS, PreparedSet
-from .streams import AnswerPieces, MixedStream, PackedStream, Stream, TextPieces, TextStream
+from .remote import PREFIX, open_remote, remote_tokenizer
+from .streams import AnswerPieces, PackedStream, Stream, TextPieces, TextStream
 
 MIXTURE_FORMAT = "chatglm-mixture"
 
@@ -30,7 +34,7 @@ MIXTURE_FORMAT = "chatglm-mixture"
 class Ingredient:
     """One part of a mixture.
 
-    set        the folder of a prepared set
+    set        the folder of a prepared set, or `datasets:NAME?…`, a corpus that is streamed (remote.py)
     part       text, dialogue, or all that there is
     weight     share of the rows; None: as many as its rows
     texts      joined: texts one after the other, cut into rows; apart: each a sample of its own, packed
@@ -59,6 +63,7 @@ def open_stream(
     encoding: str = "2d",
     objective: str | None = None,
     config: ModelConfig | None = None,
+    tokenizer: Tokenizer | None = None,
     with_sources: bool = False,
 ) -> Stream:
     """The stream of a prepared folder, a mixture file, or several of them.
@@ -67,6 +72,7 @@ def open_stream(
     encoding      "2d", or "1d" for models with one position row
     objective     overrides the named objective of every text
     config        the model's: ids that differ from the data's are refused
+    tokenizer     for streamed corpora that name none
     with_sources  samples carry the name of their source
     Raises TrainingError.
     """
@@ -75,6 +81,10 @@ def open_stream(
     weights: list[float | None] = []
     for ingredient in ingredients:
         chosen = ingredient if objective is None else replace(ingredient, objective=objective)
+        if chosen.set.startswith(PREFIX):
+            streams.append(_remote(chosen, length, seed, encoding, config, tokenizer))
+            weights.append(ingredient.weight)
+            continue
         for stream, share in _streams(chosen, length, seed, encoding, config, with_sources):
             streams.append(stream)
             weights.append(None if ingredient.weight is None else ingredient.weight * share)
@@ -87,6 +97,8 @@ def ingredients_of(data: str | Path | Sequence[Ingredient | str | Path]) -> list
     """The ingredients that names stand for."""
     if not isinstance(data, str | Path):
         return [found for item in data for found in ([item] if isinstance(item, Ingredient) else ingredients_of(item))]
+    if isinstance(data, str) and data.startswith(PREFIX):
+        return [Ingredient(data)]
     path = Path(data)
     if path.is_dir() or not path.exists():
         PreparedSet.open(path)  # says what is wrong with it
@@ -119,7 +131,8 @@ def read_mixture(path: Path) -> list[Ingredient]:
                 )
         if "set" not in entry:
             raise TrainingError(f"{path}: an entry of `sets` has no `set`")
-        ingredients.append(Ingredient(**{**entry, "set": str(path.parent / entry["set"])}))
+        is_remote = str(entry["set"]).startswith(PREFIX)
+        ingredients.append(Ingredient(**(entry if is_remote else {**entry, "set": str(path.parent / entry["set"])})))
     return ingredients
 
 
@@ -127,6 +140,9 @@ def write_mixture(path: Path, ingredients: Sequence[Ingredient]) -> None:
     """A mixture file, written beside and renamed; folders inside the file's own become relative."""
     sets = []
     for ingredient in ingredients:
+        if ingredient.set.startswith(PREFIX):
+            sets.append(asdict(ingredient))
+            continue
         folder = Path(ingredient.set).resolve()
         inside = folder.is_relative_to(path.parent.resolve())
         sets.append({**asdict(ingredient), "set": str(folder.relative_to(path.parent.resolve()) if inside else folder)})
@@ -169,6 +185,23 @@ def _streams(
         raise TrainingError(f"{ingredient.set} has no part `{ingredient.part}`", cure="`chatglm data inspect` shows it")
     rows = sum(stream.rows_per_epoch for stream in streams)
     return [(stream, stream.rows_per_epoch / rows) for stream in streams]
+
+
+def _remote(
+    ingredient: Ingredient,
+    length: int,
+    seed: int,
+    encoding: str,
+    config: ModelConfig | None,
+    tokenizer: Tokenizer | None,
+) -> Stream:
+    found = remote_tokenizer(ingredient.set, tokenizer)
+    if config is not None:
+        found.check_against(config)
+    mixture = named_mixture(ingredient.objective)
+    ends = sentence_ends(found) if mixture.sentence else None
+    objective = Objective(SpecialIds.of_tokenizer(found), mixture, "1d" if encoding == "1d" else "2d", ends)
+    return open_remote(ingredient.set, objective, length=length, seed=seed, tokenizer=found)
 
 
 def _filled(weights: Sequence[float | None], streams: Sequence[Stream]) -> list[float]:

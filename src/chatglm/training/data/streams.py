@@ -20,7 +20,7 @@ from ..objective import Objective, generator
 from ..objective.sampling import TEXT_SHARE
 from ..samples import IGNORE, Sample
 from .order import permutation
-from .packing import plan_rows
+from .packing import PackingPlan, plan_rows
 from .prepared import Collection
 
 MODES = ("token", "sentence", "document")
@@ -57,11 +57,22 @@ class TextStream:
     """
 
     def __init__(
-        self, texts: Collection, objective: Objective, *, length: int, seed: int, sources: list[str] | None = None
+        self,
+        texts: Collection,
+        objective: Objective,
+        *,
+        length: int,
+        seed: int,
+        sources: list[str] | None = None,
+        tokens: tuple[int, int] | None = None,
     ) -> None:
-        """Raises TrainingError where there is no text."""
-        if texts.tokens < 2:
-            raise TrainingError(f"{texts.folder}: there is no text to train on", cure="prepare plain text")
+        """tokens: the part of the texts that is read, from one id to another [all].
+
+        Raises TrainingError where there is no text.
+        """
+        self.first, self.stop = (0, texts.tokens) if tokens is None else tokens
+        if self.stop - self.first < 2:
+            raise TrainingError(f"{texts.folder}: there is no text to train on", cure="prepare more plain text")
         self.texts = texts
         self.objective = objective
         self.length = length
@@ -81,7 +92,7 @@ class TextStream:
         epoch, place = divmod(index, self._count)
         number = permutation(self._count, self.seed, epoch)(place)
         mode, start, size = self._place(epoch, number)
-        text = self.texts.ids(start, min(start + size, self.texts.tokens))
+        text = self.texts.ids(start, min(start + size, self.stop))
         samples = self.objective.samples(text, mode, self.length, generator(self.seed, epoch, number))
         if self.sources is None:
             return samples
@@ -104,8 +115,8 @@ class TextStream:
         chunk = 0
         while True:
             ends = self._begins[-1] + np.cumsum(self._sizes[self._modes(chunk)])
-            if ends[-1] > self.texts.tokens:
-                whole = int(np.searchsorted(ends, self.texts.tokens, side="right"))
+            if ends[-1] > self.stop - self.first:
+                whole = int(np.searchsorted(ends, self.stop - self.first, side="right"))
                 return max(1, chunk * _CHUNK + whole)
             self._begins.append(int(ends[-1]))
             chunk += 1
@@ -122,22 +133,43 @@ class TextStream:
         turn = int(random.integers(0, self._count))
         last, last_mode = self._begin(self._count - 1)
         total = last + int(self._sizes[last_mode])
-        shift = int(random.integers(0, max(1, self.texts.tokens - total + 1)))
+        shift = int(random.integers(0, max(1, self.stop - self.first - total + 1)))
         begin, mode = self._begin((number + turn) % self._count)
         first, _ = self._begin(turn)
-        return MODES[mode], shift + (begin - first) % max(total, 1), int(self._sizes[mode])
+        return MODES[mode], self.first + shift + (begin - first) % max(total, 1), int(self._sizes[mode])
+
+    def split(self, rows: int) -> tuple[TextStream, TextStream]:
+        """The beginning of the texts for training, and the end, about `rows` rows, held out: no token is in both."""
+        border = self.stop - min(rows * self.length, self.stop - self.first)
+        return self._part(self.first, border), self._part(border, self.stop)
+
+    def _part(self, first: int, stop: int) -> TextStream:
+        return TextStream(
+            self.texts,
+            self.objective,
+            length=self.length,
+            seed=self.seed,
+            sources=self.sources,
+            tokens=(first, stop),
+        )
 
 
 class PackedStream:
     """Whole samples, packed into rows once; every epoch has its own order of rows and its own random numbers."""
 
-    def __init__(self, pieces: Pieces, *, length: int, seed: int) -> None:
-        """Raises TrainingError where no sample fits a row."""
+    def __init__(
+        self, pieces: Pieces, *, length: int, seed: int, plan: PackingPlan | None = None, rows: range | None = None
+    ) -> None:
+        """plan, rows: the packing and those of its rows that are read [made here, all].
+
+        Raises TrainingError where no sample fits a row.
+        """
         self.pieces = pieces
         self.length = length
         self.seed = seed
-        self.plan = plan_rows(pieces.lengths, length, seed)
-        if not len(self.plan):
+        self.plan = plan_rows(pieces.lengths, length, seed) if plan is None else plan
+        self.rows = range(len(self.plan)) if rows is None else rows
+        if not len(self.rows):
             raise TrainingError(
                 f"none of {len(pieces.lengths):,} samples fits a row of {length} tokens",
                 cure="raise the length of rows",
@@ -145,13 +177,21 @@ class PackedStream:
 
     @property
     def rows_per_epoch(self) -> int:
-        return len(self.plan)
+        return len(self.rows)
 
     def row(self, index: int) -> list[Sample]:
         """See Stream."""
-        epoch, place = divmod(index, len(self.plan))
-        number = permutation(len(self.plan), self.seed, epoch)(place)
+        epoch, place = divmod(index, len(self.rows))
+        number = self.rows[permutation(len(self.rows), self.seed, epoch)(place)]
         return [self.pieces.sample(piece, self.seed, epoch) for piece in self.plan.row(number)]
+
+    def split(self, rows: int) -> tuple[PackedStream, PackedStream]:
+        """All rows but the last `rows` for training, and those held out."""
+        border = self.rows.stop - min(rows, len(self.rows))
+        return self._part(range(self.rows.start, border)), self._part(range(border, self.rows.stop))
+
+    def _part(self, rows: range) -> PackedStream:
+        return PackedStream(self.pieces, length=self.length, seed=self.seed, plan=self.plan, rows=rows)
 
 
 class Pieces(Protocol):
@@ -250,64 +290,3 @@ def _with_masks(tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def _masked_room(length: int) -> int:
     """Tokens of text for which `_with_masks` gives at most `length`."""
     return max(1, int((length - 8) * TEXT_SHARE))
-
-
-class MixedStream:
-    """Rows of several streams in fixed shares: in every thousand rows each has its number, in a random order.
-
-    Every stream goes through its own rows in its own order, so that nothing is read twice before its own epoch ends.
-    """
-
-    BLOCK = 1000
-
-    def __init__(self, streams: list[Stream], weights: list[float], *, seed: int) -> None:
-        """Raises TrainingError for weights that cannot be shares and rows of different lengths."""
-        if len(streams) != len(weights) or not streams:
-            raise TrainingError(f"{len(streams)} streams have {len(weights)} weights")
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise TrainingError(f"weights {weights} are no shares", cure="give every set a weight of 0 or more")
-        lengths = {stream.length for stream in streams}
-        if len(lengths) > 1:
-            raise TrainingError(f"the mixed streams have rows of {sorted(lengths)} tokens", cure="use one length")
-        self.streams = streams
-        self.seed = seed
-        self.length = streams[0].length
-        self._counts = _apportioned(weights, self.BLOCK)
-        self._order = np.repeat(np.arange(len(streams)), self._counts)
-
-    @property
-    def shares(self) -> list[float]:
-        """The share of the rows that each stream has, exact to a thousandth."""
-        return [count / self.BLOCK for count in self._counts]
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """As many rows as the mixed streams have together (those with a weight)."""
-        return sum(s.rows_per_epoch for s, count in zip(self.streams, self._counts, strict=True) if count)
-
-    def which(self, index: int) -> tuple[int, int]:
-        """The stream of row `index`, and the row in it."""
-        block, place = divmod(index, self.BLOCK)
-        order = generator(self.seed, 0, block, 5).permutation(self._order)
-        stream = int(order[place])
-        return stream, block * self._counts[stream] + int((order[:place] == stream).sum())
-
-    def row(self, index: int) -> list[Sample]:
-        """See Stream."""
-        stream, inner = self.which(index)
-        return self.streams[stream].row(inner)
-
-
-def _apportioned(weights: list[float], total: int) -> list[int]:
-    """Whole numbers in these shares that sum to `total` (largest remainders); a weight above 0 gets at least 1."""
-    exact = [total * weight / sum(weights) for weight in weights]
-    counts = [max(int(share), int(share > 0)) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
-    while sum(counts) != total:
-        step = 1 if sum(counts) < total else -1
-        candidates = by_remainder if step > 0 else [i for i in reversed(by_remainder) if counts[i] > 1]
-        for index in candidates:
-            if sum(counts) == total:
-                break
-            counts[index] += step
-    return counts
