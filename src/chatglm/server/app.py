@@ -51,9 +51,11 @@ def build_app(backend: Backend, log: RequestLog) -> Border:
     app.add_exception_handler(Exception, _internal_error)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     if backend.settings.web:
+        from .page.access import PageAccess
         from .page.mounting import mount_page  # gradio is another extra
 
-        return Border(mount_page(app, backend), backend, log)
+        access = PageAccess(backend.settings.api_keys, backend.settings.web_path)
+        return Border(mount_page(app, backend, access), backend, log, access)
     return Border(app, backend, log)
 
 

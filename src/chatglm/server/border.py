@@ -13,13 +13,16 @@ import re
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .api_errors import APIError
 from .backend import Backend, Owner
 from .json_answer import json_bytes
 from .logs import RequestLog
 from .settings import ServerSettings, is_loopback
+
+if TYPE_CHECKING:
+    from .page.access import PageAccess
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -40,7 +43,8 @@ LIMITED_PREFIXES = ("/v1/chat", "/v1/completions", "/v1/embeddings", "/v1/feedba
 class Border:
     """Wraps the application."""
 
-    def __init__(self, app: App, backend: Backend, log: RequestLog) -> None:
+    def __init__(self, app: App, backend: Backend, log: RequestLog, page: PageAccess | None = None) -> None:
+        self._page = page
         self._app = app
         self._backend = backend
         self._settings: ServerSettings = backend.settings
@@ -141,6 +145,12 @@ class Border:
         is_open = path in OPEN_PATHS or (path == "/metrics" and self._settings.is_loopback)
         if not self._keys or is_open:
             return Owner(f"address {address}")
+        if self._page is not None and self._page.covers(path):
+            name = self._page.name_of_cookie(headers.get("cookie", ""))
+            if name is not None:
+                return Owner(f"key {name}", name)
+            if self._page.asks_at(path):
+                return Owner(f"address {address}")
         kind, _, key = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(key.strip().encode("latin-1", "replace")).digest()
         found = None

@@ -143,7 +143,7 @@ def _evidence(
         contexts[context_key(row.answer)].append(row)
         if row.correction:
             yield row.answer, row.correction, row.answer, "correction", {row.rater}
-        if row.worse is not None:
+        if row.worse is not None and context_key(row.answer) == context_key(row.worse):
             yield row.answer, row.answer.text, row.worse, "preferred", {row.rater}
     for group in contexts.values():
         for better in group:

@@ -10,7 +10,7 @@ import gradio as gr
 from ..api_errors import APIError
 from ..backend import Backend, Owner
 from .answering import LiveAnswers, answer, no_owner
-from .layout import Parts, defaults
+from .layout import SAMPLING, Parts
 from .rendering import messages, status_line, thumbs
 from .talk import Talk, Variant, read_talk
 from .words import error_text, word
@@ -36,6 +36,7 @@ class Events:
         number = min(last.chosen, count - 1) + 1 if last is not None and count else 0
         return {
             parts.talk: talk.model_dump_json(),
+            parts.rated: None,
             parts.chat: gr.update(value=messages(talk, language), feedback_value=thumbs(talk)),
             parts.status: status_line(last.answer if last else None, self._backend.context, language),
             parts.system: talk.system,
@@ -45,12 +46,9 @@ class Events:
             parts.previous: gr.update(visible=has_choice, interactive=number > 1),
             parts.next: gr.update(visible=has_choice, interactive=number < count),
             parts.place: gr.update(visible=has_choice, value=f"{number} / {count}"),
-            parts.prefer: gr.update(visible=has_choice and self._backend_has_store()),
+            parts.prefer: gr.update(visible=has_choice and self._backend.feedback is not None),
             **self._busy(False),
         }
-
-    def _backend_has_store(self) -> bool:
-        return False
 
     def _busy(self, is_busy: bool) -> Shown:
         parts = self._parts
@@ -62,10 +60,7 @@ class Events:
 
     async def open(self, text: str, language: str) -> Shown:
         """A conversation that the browser has loaded, or a new one."""
-        try:
-            return self.show(read_talk(text), language)
-        except APIError as error:
-            return {**self.show(Talk(), language), self._parts.status: f"⚠️ {error.message}"}
+        return self.show(given_talk(text), language)
 
     # Asking
 
@@ -73,7 +68,7 @@ class Events:
         self, request: gr.Request, text: str, question: str, system: str, language: str, *sampling: Any
     ) -> AsyncIterator[Shown]:
         """A new question at the end."""
-        talk = read_talk(text)
+        talk = given_talk(text)
         if not question.strip():
             yield {self._parts.status: word("needs_question", language)}
             return
@@ -86,7 +81,7 @@ class Events:
         self, request: gr.Request, text: str, system: str, language: str, *sampling: Any
     ) -> AsyncIterator[Shown]:
         """Another variant of the last answer."""
-        talk = read_talk(text)
+        talk = given_talk(text)
         if not talk.rounds:
             return
         talk.system = system or ""
@@ -97,7 +92,7 @@ class Events:
         self, event: gr.EditData, request: gr.Request, text: str, system: str, language: str, *sampling: Any
     ) -> AsyncIterator[Shown]:
         """A question is changed: a new conversation goes on from there, the old one stays as it was."""
-        talk = read_talk(text)
+        talk = given_talk(text)
         number = message_number(event.index) // 2
         if not 0 <= number < len(talk.rounds):
             return
@@ -110,7 +105,7 @@ class Events:
         self, talk: Talk, language: str, sampling: tuple[Any, ...], request: gr.Request, first: Shown
     ) -> AsyncIterator[Shown]:
         parts, round = self._parts, talk.rounds[-1]
-        asked = talk.messages_before(len(talk.rounds) - 1)
+        asked = talk.messages_of(len(talk.rounds) - 1, talk.system)
         before = list(round.variants)
         round.variants = []
         waiting = messages(talk, language, is_waiting=True)
@@ -120,14 +115,12 @@ class Events:
             **self._busy(True),
             **first,
         }
-        variant = Variant(model=self._backend.model_name)
+        variant = Variant(model=self._backend.model_name, system=talk.system)
         try:
-            names = list(defaults(self._backend.context))
-            ordered = ("temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
-            assert set(names) == set(ordered)
-            settings = {name: whole(value) for name, value in zip(ordered, sampling, strict=True)}
+            settings = {name: whole(value) for name, value in zip(SAMPLING, sampling, strict=True)}
             session = str(request.session_hash)
             async for variant in answer(self._backend, self._live, owner_of(request), session, asked, settings):
+                variant.system = talk.system
                 round.variants = [variant]
                 yield {
                     parts.chat: gr.update(value=messages(talk, language)),
@@ -147,19 +140,34 @@ class Events:
 
     async def undo(self, text: str, language: str) -> Shown:
         """Take the last round back; its question can be changed and sent again."""
-        talk = read_talk(text)
+        talk = given_talk(text)
         if not talk.rounds:
             return {}
         question = talk.rounds.pop().question
         return {**self.show(talk, language), self._parts.question: question}
 
-    async def step(self, text: str, language: str, by: int) -> Shown:
-        """Show the variant before or after."""
-        talk = read_talk(text)
+    async def previous(self, text: str, language: str) -> Shown:
+        """The variant before the one that is shown."""
+        return self._step(text, language, -1)
+
+    async def next(self, text: str, language: str) -> Shown:
+        """The variant after the one that is shown."""
+        return self._step(text, language, 1)
+
+    def _step(self, text: str, language: str, by: int) -> Shown:
+        talk = given_talk(text)
         if talk.rounds:
             last = talk.rounds[-1]
             last.chosen = max(0, min(last.chosen + by, len(last.variants) - 1))
         return self.show(talk, language)
+
+
+def given_talk(text: str | None) -> Talk:
+    """The browser's conversation. What is none is told by Gradio, and nothing of the page changes."""
+    try:
+        return read_talk(text)
+    except APIError as error:
+        raise gr.Error(error.message, print_exception=False) from None
 
 
 def owner_of(request: gr.Request) -> Owner:

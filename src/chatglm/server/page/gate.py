@@ -12,7 +12,9 @@ from ..api_errors import APIError
 from ..backend import Backend
 from ..border import App, Message, Receive, Scope, Send
 from ..json_body import parse_body
+from .access import PageAccess
 from .answering import LiveAnswers
+from .words import word
 
 PAGES = frozenset({"", "/"})
 READ = re.compile(
@@ -21,20 +23,25 @@ READ = re.compile(
     r"|(assets|static|svelte)/[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){0,6})/?\Z",
     re.ASCII,
 )
-WRITTEN = re.compile(r"/gradio_api/(queue/join|cancel|reset)/?\Z", re.ASCII)
+WRITTEN = re.compile(r"/key\Z|/gradio_api/(queue/join|cancel|reset)/?\Z", re.ASCII)
 _REDIRECT: Message = {"type": "http.response.start", "status": 307}
 STREAMS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")
 
 _SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL | re.IGNORECASE)
 _NAMING_OTHERS = re.compile(
-    rb"<(?:meta|link)\b[^>]*https?://[^>]*>|<script\b[^>]*\bsrc=\"https?://[^>]*>\s*</script>", re.IGNORECASE
+    rb"<(?:meta|link)\b[^>]*https?://[^>]*>|<link\b[^>]*\bmanifest\.json[^>]*>|<script\b[^>]*\bsrc=\"https?://[^>]*>\s*</script>",
+    re.IGNORECASE,
 )
 
 
 class Gate:
     """Wraps the application; concerns itself with the paths at and below `path` only."""
 
-    def __init__(self, app: App, path: str, backend: Backend, live: LiveAnswers, script: str) -> None:
+    def __init__(
+        self, app: App, path: str, backend: Backend, live: LiveAnswers, *, access: PageAccess, script: str, asking: str
+    ) -> None:
+        """script: put into the page's head; asking: the page that asks for a key (asking.html)."""
+        self._access, self._asking = access, asking
         self._script = b"<script>" + script.encode() + b"</script></head>"
         self._app, self._path, self._backend, self._live = app, path, backend, live
 
@@ -45,11 +52,16 @@ class Gate:
             return
         below = self._checked(scope, path)
         self._check_origin(scope)
+        if below == "/key":
+            await self._let_in(scope, receive, send)
+            return
         if scope["method"] == "POST":
             receive = await self._checked_body(receive)
         if below == "":  # the page's own addresses are relative
             await send({**_REDIRECT, "headers": [(b"location", f"{self._path}/".encode()), (b"content-length", b"0")]})
             await send({"type": "http.response.body", "body": b""})
+        elif below == "/" and not self._access.is_open and scope["state"]["owner"].key_name is None:
+            await self._ask(scope, send)
         elif below == "/":
             await self._page(scope, receive, send)
         elif below.startswith(STREAMS):
@@ -86,6 +98,26 @@ class Gate:
 
         return replayed
 
+    async def _ask(self, scope: Scope, send: Send) -> None:
+        """The page that asks for a key, in the browser's language."""
+        accepted = dict(scope["headers"]).get(b"accept-language", b"").decode("latin-1")
+        body = asking_page(self._asking, f"{self._path}/key", "zh" if accepted.lower().startswith("zh") else "en")
+        await _send_page(send, 401, body)
+
+    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A key for a cookie. Raises APIError 401."""
+        key = parse_body((await receive()).get("body", b"")).get("key")
+        number = self._access.number_of_key(key) if isinstance(key, str) else None
+        if number is None:
+            await asyncio.sleep(0.5)  # guessing is slow
+            raise APIError(401, "invalid_api_key", "this is not a key of this server")
+        headers, client = dict(scope["headers"]), (scope.get("client") or ("",))[0]
+        is_proxied = client in self._backend.settings.trusted_proxies
+        is_secure = scope.get("scheme") == "https" or (is_proxied and headers.get(b"x-forwarded-proto") == b"https")
+        cookie = self._access.cookie(number, is_secure=is_secure)
+        await send({"type": "http.response.start", "status": 204, "headers": [(b"set-cookie", cookie.encode())]})
+        await send({"type": "http.response.body", "body": b""})
+
     async def _page(self, scope: Scope, receive: Receive, send: Send) -> None:
         start: Message = {}
         body = b""
@@ -99,11 +131,7 @@ class Gate:
 
         scope = {**scope, "headers": [(k, v) for k, v in scope["headers"] if k != b"accept-encoding"]}
         await self._app(scope, receive, collect)
-        body = _NAMING_OTHERS.sub(b"", body).replace(b"</head>", self._script, 1)
-        headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-length", str(len(body)).encode())]
-        headers += [(b"content-security-policy", policy(body).encode()), (b"cache-control", b"no-store")]
-        await send({"type": "http.response.start", "status": start["status"], "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        await _send_page(send, start["status"], _NAMING_OTHERS.sub(b"", body).replace(b"</head>", self._script, 1))
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A stream ends when the server drains; with it, what its session was being answered."""
@@ -123,6 +151,22 @@ class Gate:
                     return {"type": "http.disconnect"}
 
         await self._app(scope, listening, _Outgoing(send))
+
+
+async def _send_page(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"text/html; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    headers += [(b"content-security-policy", policy(body).encode()), (b"cache-control", b"no-store")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def asking_page(text: str, key_path: str, language: str) -> bytes:
+    """The page that asks for a key, with its words."""
+    values = {"LANGUAGE": language, "KEY_PATH": key_path}
+    values |= {"PROMPT": "ask_key", "SEND": "send", "WRONG": "wrong_key", "FAILED": "unreachable"}
+    for mark, value in values.items():
+        text = text.replace(mark, value if mark in ("LANGUAGE", "KEY_PATH") else word(value, language))
+    return text.encode()
 
 
 class _Outgoing:

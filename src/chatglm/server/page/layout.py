@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 
 from ...tokenizer.template import default_max_new_tokens
+from ..feedback.records import TAGS
 from ..schemas import ChatBody
 from .words import word
 
@@ -17,7 +18,10 @@ LATEX: list[dict[str, str | bool]] = [
     {"left": "\\(", "right": "\\)", "display": False},
     {"left": "\\[", "right": "\\]", "display": True},
 ]
-TAGS = ("wrong", "unsafe", "off_topic", "language", "other")
+
+
+SAMPLING = ("temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "seed")
+"""Fields of the API that have a control here, in the order of events' inputs."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +30,15 @@ class Parts:
 
     talk      the open conversation as JSON text, see talk.py; kept by the browser
     language  `en` or `zh`
+    rater     the browser's random id
+    rated     number of the round whose answer the rating is about; None: the last one
     """
 
     talk: Any
+    rater: Any
+    rated: Any
     language: Any
+    side: Any
     talks: Any
     new: Any
     name: Any
@@ -60,6 +69,7 @@ class Parts:
     next: Any
     prefer: Any
     feedback: Any
+    feedback_place: Any
     thumb: Any
     rating: Any
     tags: Any
@@ -73,7 +83,7 @@ class Parts:
 
     @property
     def sampling(self) -> list[Any]:
-        return [self.temperature, self.top_p, self.top_k, self.max_tokens, self.repetition_penalty, self.seed]
+        return [getattr(self, name) for name in SAMPLING]
 
     @property
     def opinion(self) -> list[Any]:
@@ -87,8 +97,8 @@ def default_of(field: str) -> float:
 
 def defaults(context: int) -> dict[str, Any]:
     """Values of the sampling components, by name."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    return {**{name: default_of(name) for name in names}, "max_tokens": default_max_new_tokens(context), "seed": None}
+    special = {"max_tokens": default_max_new_tokens(context), "seed": None}
+    return {name: special[name] if name in special else default_of(name) for name in SAMPLING}
 
 
 def lay_out(t: Any, context: int, *, with_feedback: bool) -> Parts:
@@ -96,7 +106,9 @@ def lay_out(t: Any, context: int, *, with_feedback: bool) -> Parts:
     found: dict[str, Any] = {}
     standard = defaults(context)
     found["talk"] = gr.Textbox("", visible=False, elem_id="talk")
-    with gr.Sidebar(open=True, width=300, elem_id="side"):
+    found["rater"] = gr.Textbox("", visible=False, elem_id="rater")
+    found["rated"] = gr.Number(None, visible=False, precision=0, elem_id="rated")
+    with gr.Sidebar(open=True, width=300, elem_id="side") as found["side"]:
         found["new"] = gr.Button(t("new"), variant="primary", elem_id="new")
         found["talks"] = gr.Radio([], label=t("conversations"), elem_id="talks")
         with gr.Accordion(t("manage"), open=False, elem_id="manage") as found["manage"]:
@@ -131,64 +143,70 @@ def lay_out(t: Any, context: int, *, with_feedback: bool) -> Parts:
             found["reset"] = gr.Button(t("reset"), size="sm", elem_id="reset")
         found["language"] = gr.Radio([("English", "en"), ("中文", "zh")], label=t("language"), elem_id="language")
         found["dark"] = gr.Button(t("dark"), size="sm", elem_id="dark")
-    found["chat"] = gr.Chatbot(
-        label=t("chat"),
-        show_label=False,
-        elem_id="chat",
-        height="100%",
-        editable="user",
-        buttons=["copy"],
-        latex_delimiters=LATEX,
-        sanitize_html=True,
-        allow_tags=False,
-        allow_file_downloads=False,
-        feedback_options=["Like", "Dislike"] if with_feedback else None,
-        placeholder=t("empty"),
-        group_consecutive_messages=False,
-    )
-    found["status"] = gr.Markdown("", elem_id="status", sanitize_html=True)
-    with gr.Row(elem_id="after", equal_height=True):
-        found["regenerate"] = gr.Button(t("regenerate"), size="sm", min_width=90, elem_id="regenerate")
-        found["undo"] = gr.Button(t("undo"), size="sm", min_width=70, elem_id="undo")
-        found["previous"] = gr.Button("‹", size="sm", min_width=36, visible=False, elem_id="previous")
-        found["place"] = gr.Markdown("", visible=False, elem_id="place")
-        found["next"] = gr.Button("›", size="sm", min_width=36, visible=False, elem_id="next")
-        found["prefer"] = gr.Button(t("prefer"), size="sm", min_width=110, visible=False, elem_id="prefer")
-    with gr.Row(elem_id="ask", equal_height=True):
-        found["question"] = gr.Textbox(
-            label=t("question"),
+    with gr.Column(elem_id="main-column"):
+        found["chat"] = gr.Chatbot(
+            label=t("chat"),
             show_label=False,
-            placeholder=t("question_hint"),
-            lines=1,
-            max_lines=8,
-            scale=8,
-            autofocus=True,
-            container=False,
-            elem_id="question",
+            elem_id="chat",
+            height="100%",
+            editable="user",
+            buttons=["copy"],
+            latex_delimiters=LATEX,
+            sanitize_html=True,
+            allow_tags=False,
+            allow_file_downloads=False,
+            feedback_options=["Like", "Dislike"] if with_feedback else None,
+            placeholder=t("empty"),
+            group_consecutive_messages=False,
         )
-        found["send"] = gr.Button(t("send"), variant="primary", scale=1, min_width=72, elem_id="send")
-        found["stop"] = gr.Button(t("stop"), variant="stop", scale=1, min_width=72, visible=False, elem_id="stop")
-    with gr.Accordion(t("feedback"), open=False, visible=with_feedback, elem_id="feedback") as found["feedback"]:
-        choices = [("👍", 1), ("👎", -1)]
-        with gr.Row():
-            found["thumb"] = gr.Radio(choices, label=t("thumb"), elem_id="thumb", min_width=120)
-            found["rating"] = gr.Radio([1, 2, 3, 4, 5], label=t("rating"), elem_id="rating", min_width=240)
-        found["tags"] = gr.CheckboxGroup(tag_choices("en"), label=t("tags"), elem_id="tags")
-        found["correction"] = gr.Textbox(
-            label=t("correction"), placeholder=t("correction_hint"), lines=3, max_lines=12, elem_id="correction"
-        )
-        found["comment"] = gr.Textbox(label=t("comment"), lines=1, max_lines=4, elem_id="comment")
-        found["consent"] = gr.Checkbox(False, label=t("consent"), elem_id="consent")
-        with gr.Row():
-            found["save_feedback"] = gr.Button(
-                t("save_feedback"), variant="primary", size="sm", elem_id="save-feedback"
+        found["status"] = gr.Markdown("", elem_id="status", sanitize_html=True)
+        with gr.Row(elem_id="after", equal_height=True):
+            found["regenerate"] = gr.Button(t("regenerate"), size="sm", min_width=90, elem_id="regenerate")
+            found["undo"] = gr.Button(t("undo"), size="sm", min_width=70, elem_id="undo")
+            found["previous"] = gr.Button("‹", size="sm", min_width=36, visible=False, elem_id="previous")
+            found["place"] = gr.Markdown("", visible=False, elem_id="place")
+            found["next"] = gr.Button("›", size="sm", min_width=36, visible=False, elem_id="next")
+            found["prefer"] = gr.Button(t("prefer"), size="sm", min_width=110, visible=False, elem_id="prefer")
+        with gr.Row(elem_id="ask", equal_height=True):
+            found["question"] = gr.Textbox(
+                label=t("question"),
+                show_label=False,
+                placeholder=t("question_hint"),
+                lines=1,
+                max_lines=8,
+                scale=8,
+                autofocus=True,
+                container=False,
+                elem_id="question",
             )
-            found["delete_feedback"] = gr.Button(t("delete_feedback"), size="sm", elem_id="delete-feedback")
-    found["feedback_status"] = gr.Markdown("", elem_id="feedback-status", sanitize_html=True)
-    found["warning"] = gr.Markdown(t("warning"), elem_id="warning")
+            found["send"] = gr.Button(t("send"), variant="primary", scale=1, min_width=72, elem_id="send")
+            found["stop"] = gr.Button(t("stop"), variant="stop", scale=1, min_width=72, visible=False, elem_id="stop")
+        with gr.Accordion(t("feedback"), open=False, visible=with_feedback, elem_id="feedback") as found["feedback"]:
+            found["feedback_place"] = gr.Markdown("", elem_id="feedback-place")
+            with gr.Row():
+                found["thumb"] = gr.Radio(thumb_choices("en"), label=t("thumb"), elem_id="thumb", min_width=120)
+                found["rating"] = gr.Radio([1, 2, 3, 4, 5], label=t("rating"), elem_id="rating", min_width=240)
+            found["tags"] = gr.CheckboxGroup(tag_choices("en"), label=t("tags"), elem_id="tags")
+            found["correction"] = gr.Textbox(
+                label=t("correction"), placeholder=t("correction_hint"), lines=3, max_lines=12, elem_id="correction"
+            )
+            found["comment"] = gr.Textbox(label=t("comment"), lines=1, max_lines=4, elem_id="comment")
+            found["consent"] = gr.Checkbox(False, label=t("consent"), elem_id="consent")
+            with gr.Row():
+                found["save_feedback"] = gr.Button(
+                    t("save_feedback"), variant="primary", size="sm", elem_id="save-feedback"
+                )
+                found["delete_feedback"] = gr.Button(t("delete_feedback"), size="sm", elem_id="delete-feedback")
+        found["feedback_status"] = gr.Markdown("", elem_id="feedback-status", sanitize_html=True)
+        found["warning"] = gr.Markdown(t("warning"), elem_id="warning")
     return Parts(**found)
 
 
 def tag_choices(language: str) -> list[tuple[str, str]]:
     """Tags with their names."""
     return [(word(f"tag_{tag}", language), tag) for tag in TAGS]
+
+
+def thumb_choices(language: str) -> list[tuple[str, int]]:
+    """Thumbs with their names; words, as not every machine has a font with pictures."""
+    return [(word("thumb_up", language), 1), (word("thumb_down", language), -1)]

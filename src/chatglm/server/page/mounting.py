@@ -8,12 +8,13 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from ..backend import Backend
+from .access import PageAccess
 from .gate import Gate
 
 ASSETS = Path(__file__).parent
 
 
-def mount_page(app: FastAPI, backend: Backend) -> Gate:
+def mount_page(app: FastAPI, backend: Backend, access: PageAccess) -> Gate:
     """The application with the page at `settings.web_path`, behind its gate."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
@@ -21,15 +22,17 @@ def mount_page(app: FastAPI, backend: Backend) -> Gate:
     from .answering import LiveAnswers
     from .events import Events
     from .layout import lay_out
+    from .rating import Ratings
     from .wiring import wire
-    from .words import translations
+    from .words import PREFIX, translations
 
     path = backend.settings.web_path
     live = LiveAnswers()
     i18n = gr.I18n(**translations())
     with gr.Blocks(title="ChatGLM", analytics_enabled=False, fill_height=True) as blocks:
-        parts = lay_out(i18n, backend.context, with_feedback=False)
-        wire(blocks, parts, Events(backend, parts, live))
+        parts = lay_out(lambda key: i18n(PREFIX + key), backend.context, with_feedback=backend.feedback is not None)
+        events = Events(backend, parts, live)
+        wire(blocks, parts, events, Ratings(backend, parts, events), backend.context)
     blocks.queue(max_size=None, default_concurrency_limit=None, api_open=False)
     script = (ASSETS / "page.js").read_text(encoding="utf-8")
     gr.mount_gradio_app(
@@ -44,10 +47,11 @@ def mount_page(app: FastAPI, backend: Backend) -> Gate:
         mcp_server=False,
         enable_monitoring=False,
         i18n=i18n,
-        theme=gr.themes.Default(),
+        theme=gr.themes.Default(primary_hue="blue", neutral_hue="slate"),
         css=(ASSETS / "page.css").read_text(encoding="utf-8"),
         allowed_paths=[],
         blocked_paths=["/"],
         max_file_size=0,
     )
-    return Gate(app, path, backend, live, script)
+    asking = (ASSETS / "asking.html").read_text(encoding="utf-8")
+    return Gate(app, path, backend, live, access=access, script=script, asking=asking)

@@ -35,7 +35,7 @@ def shown_answer(variant: Variant | None, language: str) -> str:
     text = plain_markdown(variant.text)
     if variant.error is not None:
         reason = word("failed", language, reason=plain_markdown(error_text(variant.error, variant.error, language)))
-        return f"{text}\n\n⚠️ {reason}".lstrip()
+        return f"{text}\n\n⚠ {reason}".lstrip()
     return text
 
 

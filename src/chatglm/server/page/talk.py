@@ -5,6 +5,7 @@ The server keeps none of it. What comes from a browser is checked here before an
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,10 +33,14 @@ class Opinion(_Kept):
 
 
 class Variant(_Kept):
-    """One answer to a question. Regenerating adds another; none is lost."""
+    """One answer to a question. Regenerating adds another; none is lost.
+
+    system  the system text that it was asked with
+    """
 
     id: str = Field(default_factory=uuid7, max_length=64)
     text: str = Field(default="", max_length=MAX_TEXT)
+    system: str = Field(default="", max_length=MAX_TEXT)
     finish: str = ""
     error: str | None = None
     request_id: str = ""
@@ -84,21 +89,31 @@ class Talk(_Kept):
 
     def fork(self, number: int, question: str) -> Talk:
         """A new conversation that is this one up to round `number`, which asks `question` instead."""
-        title = f"{self.title[:TITLE_LENGTH]} ✎" if number or self.is_named else ""
         kept = [round.model_copy(deep=True) for round in self.rounds[:number]]
-        forked = Talk(title=title, is_named=bool(title) and self.is_named, system=self.system, rounds=kept)
+        for round in kept:
+            for variant in round.variants:
+                variant.id, variant.opinion = uuid7(), None  # what was said is about the answers of the other one
+        forked = Talk(system=self.system, rounds=kept)
+        if kept or self.is_named:
+            forked.title, forked.is_named = numbered(self.title), self.is_named
         forked.add_question(question)
         return forked
 
-    def messages_before(self, number: int) -> list[dict[str, str]]:
+    def messages_of(self, number: int, system: str) -> list[dict[str, str]]:
         """What the API is asked for round `number`: system text, earlier rounds that have an answer, the question."""
-        found = [{"role": "system", "content": self.system}] if self.system.strip() else []
+        found = [{"role": "system", "content": system}] if system.strip() else []
         for round in self.rounds[:number]:
             if round.answer is not None and round.answer.error is None:
                 found.append({"role": "user", "content": round.question})
                 found.append({"role": "assistant", "content": round.answer.text})
         found.append({"role": "user", "content": self.rounds[number].question})
         return found
+
+
+def numbered(title: str) -> str:
+    """`title` → `title (2)` → `title (3)`."""
+    found = re.fullmatch(r"(.*) \((\d{1,4})\)", title, re.DOTALL)
+    return f"{found[1]} ({int(found[2]) + 1})" if found else f"{title} (2)"
 
 
 def read_talk(text: str | None) -> Talk:

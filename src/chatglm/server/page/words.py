@@ -47,8 +47,8 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "feedback": ("Rate the last answer", "评价最后一个回答"),
     "thumb": ("Helpful?", "有帮助吗？"),
-    "thumb_up": ("👍 Yes", "👍 有"),
-    "thumb_down": ("👎 No", "👎 没有"),
+    "thumb_up": ("Yes", "有"),
+    "thumb_down": ("No", "没有"),
     "rating": ("Rating (1 poor – 5 very good)", "评分（1 差 – 5 很好）"),
     "correction": ("A better answer", "更好的回答"),
     "correction_hint": ("Write what the answer should have been.", "写出应有的回答。"),
@@ -89,6 +89,9 @@ WORDS: dict[str, tuple[str, str]] = {
     ),
     "cut": ("stopped at the longest length", "达到最大长度而停止"),
     "stopped": ("stopped", "已停止"),
+    "ask_key": ("Your key for this server", "请输入本服务器的密钥"),
+    "wrong_key": ("This is not a key of this server.", "密钥不正确。"),
+    "unreachable": ("The server cannot be reached. Try again in a moment.", "无法连接服务器，请稍后再试。"),
     "no_answer": ("no answer", "没有回答"),
     "rated": ("Rating answer {number} of {count}", "正在评价第 {number} / {count} 个回答"),
     "waiting": ("waiting for a turn…", "排队等待中…"),
@@ -111,7 +114,7 @@ ERRORS: dict[str, tuple[str, str]] = {
 }
 """By the API's error code; other codes show the API's own message."""
 
-LANGUAGES = ("en", "zh")
+PREFIX = "chatglm."
 
 
 def word(key: str, language: str, **values: object) -> str:
@@ -128,7 +131,7 @@ def error_text(code: str, message: str, language: str) -> str:
 
 
 def translations() -> dict[str, dict[str, str]]:
-    """For Gradio's own choice by the browser's language."""
-    english = {key: pair[0] for key, pair in WORDS.items()}
-    chinese = {key: pair[1] for key, pair in WORDS.items()}
+    """For Gradio's own choice by the browser's language. It translates any text that equals a key: hence the prefix."""
+    english = {PREFIX + key: pair[0] for key, pair in WORDS.items()}
+    chinese = {PREFIX + key: pair[1] for key, pair in WORDS.items()}
     return {"en": english, "zh": chinese, "zh-CN": chinese, "zh-TW": chinese, "zh-HK": chinese}
