@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...model import GLM, Attend, plain_attention
+from ...model import GLM, Attend, sdpa_attention
 from ..task import MeteredLoss
 from .answers import one_a_row, sum_by_answer
 from .copying import copy_of
@@ -58,7 +58,7 @@ class PPO:
     """Token by token, with a value model."""
 
     settings: PPOSettings
-    attend: Attend = plain_attention
+    attend: Attend = sdpa_attention
 
     @property
     def answers_each(self) -> int:

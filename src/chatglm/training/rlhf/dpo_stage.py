@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...model import GLM, Attend, plain_attention
+from ...model import GLM, Attend, sdpa_attention
 from ..loop import Report, train
+from ..methods import tuned
 from ..metrics import Say
 from ..run_config import AT_LEAST_0, SHARE, RunConfig
 from ..samples import Sample
-from ..starting import starting_model
 from ..task import MeteredLoss, Task
 from .dpo import PairScores, dpo_loss
 from .pairs import PairBatch, PairSource
-from .policy import action_logprobs, score_actions
+from .policy import action_logprobs, glm_in, score_actions
 from .preferences import Pair, policy_row
 from .reward_stage import PreferenceData, calm, read_pairs
 
@@ -36,11 +36,11 @@ class DPOSettings:
 class DPORun(RunConfig):
     """A run of this stage; `batch.rows` counts pairs."""
 
-    preferences: PreferenceData = field(default_factory=PreferenceData)
+    data: PreferenceData = field(default_factory=PreferenceData)
     dpo: DPOSettings = field(default_factory=DPOSettings)
 
 
-def reference_sums(model: GLM, pairs: Sequence[Pair], *, attend: Attend = plain_attention) -> Tensor:
+def reference_sums(model: GLM, pairs: Sequence[Pair], *, attend: Attend = sdpa_attention) -> Tensor:
     """Log-probability of both answers of each pair, fp32 [pairs, 2]: what the reference says once and for all."""
     samples = [sample for pair in pairs for sample in policy_row(pair, model.config)]
     logprobs, _ = action_logprobs(model, samples, attend=attend)
@@ -50,13 +50,13 @@ def reference_sums(model: GLM, pairs: Sequence[Pair], *, attend: Attend = plain_
 
 
 def preference_loss(
-    settings: DPOSettings, attend: Attend = plain_attention
+    settings: DPOSettings, attend: Attend = sdpa_attention
 ) -> Callable[[torch.nn.Module, PairBatch], MeteredLoss]:
     """The loss of a batch of pairs under a policy; the batch brings the reference's log-probabilities."""
 
     def loss(model: torch.nn.Module, pairs: PairBatch) -> MeteredLoss:
-        assert isinstance(model, GLM) and pairs.reference is not None
-        scored = score_actions(model, pairs.batch, attend=attend)
+        assert pairs.reference is not None
+        scored = score_actions(glm_in(model), pairs.batch, attend=attend)
         policy = PairScores.of_answers(scored.sums, scored.lengths)
         reference = PairScores.of_answers(pairs.reference, scored.lengths)
         losses, watched = dpo_loss(
@@ -78,9 +78,10 @@ def preference_loss(
 
 
 def dpo_task(
-    policy: GLM, pairs: Sequence[Pair], held_out: Sequence[Pair], settings: DPOSettings, *, seed: int = 0
+    model: torch.nn.Module, pairs: Sequence[Pair], held_out: Sequence[Pair], settings: DPOSettings, *, seed: int = 0
 ) -> Task:
-    """What the loop runs. The reference is the policy as it is now: its log-probabilities are taken here."""
+    """What the loop runs: `model` is the policy, or holds it (adapters). The reference is the policy as it is now."""
+    policy = glm_in(model)
 
     def rows(pair: Pair) -> list[Sample]:
         return policy_row(pair, policy.config)
@@ -89,7 +90,7 @@ def dpo_task(
         return PairSource(part, rows, seed, reference_sums(policy, part), shuffle)
 
     return Task(
-        model=policy,
+        model=model,
         loss=preference_loss(settings),
         source=source(pairs, shuffle=True),
         held_out=source(held_out, shuffle=False) if held_out else None,
@@ -98,7 +99,8 @@ def dpo_task(
 
 def run(config: DPORun, *, progress: Say | None = None, restart: bool = False) -> Report:
     """Train, and write `OUT/model`."""
-    pairs, held = read_pairs(config.preferences, config.model, config.seed, config.batch.length)
-    policy = starting_model(config.model, config.seed)
-    task = dpo_task(policy, pairs, held, config.dpo, seed=config.seed)
+    pairs, held = read_pairs(config.data, config.model, config.seed, config.batch.length)
+    made = tuned(config)
+    task = dpo_task(made.model, pairs, held, config.dpo, seed=config.seed)
+    task.exported = made.exported
     return train(task, calm(config), progress=progress, restart=restart)

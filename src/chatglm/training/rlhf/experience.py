@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...config import ModelConfig
 from ...evaluation.judges import Judge
-from ...model import GLM, Attend, plain_attention
+from ...model import GLM, Attend, sdpa_attention
 from ...tokenizer import Tokenizer
 from ..samples import Batch, Sample
 from .advantages import against_reference
@@ -36,7 +36,7 @@ class ModelReward:
 
     model: RewardModel
     most_tokens: int = 16_384
-    attend: Attend = plain_attention
+    attend: Attend = sdpa_attention
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[tuple[int, ...]]) -> Tensor:
@@ -145,7 +145,7 @@ def gather_experience(
     rewards: Tensor,
     scores: Tensor,
     *,
-    attend: Attend = plain_attention,
+    attend: Attend = sdpa_attention,
     most_tokens: int = 16_384,
 ) -> Experience:
     """Run policy and reference over drawn answers."""

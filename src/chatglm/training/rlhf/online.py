@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import TrainingError
-from ...model import GLM, Attend, plain_attention
+from ...model import GLM, Attend, sdpa_attention
 from ...tokenizer import Tokenizer
 from ..loss import LossSum, batch_loss
 from ..samples import Batch
@@ -36,6 +36,9 @@ RATIO_TOLERANCE = 1e-3
 """Before the first update of a round old and new log-probabilities are the same numbers."""
 
 ROUND_FILE = "round.pt"
+
+GENERAL_SHARE = 4
+"""Answers for each row of general data in a step: those rows are packed, and longer."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,7 @@ class Online:
         rules: RewardRules | None = None,
         general: Source | None = None,
         seed: int = 0,
-        attend: Attend = plain_attention,
+        attend: Attend = sdpa_attention,
         engine_dtype: torch.dtype | None = None,
     ) -> None:
         if not prompts:
@@ -275,7 +278,7 @@ class Online:
     def _general(self, start: int, count: int) -> Batch | None:
         if self.general is None or not self.settings.sft:
             return None
-        batch = self.general.batch(start, count)
+        batch = self.general.batch(start // GENERAL_SHARE, max(1, count // GENERAL_SHARE))
         assert isinstance(batch, Batch)
         return batch
 

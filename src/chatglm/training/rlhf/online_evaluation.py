@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ...evaluation.judges import Judge, judged_rate, win_rate
-from ...model import GLM, Attend, plain_attention
+from ...model import GLM, Attend, sdpa_attention
 from ..loss import batch_loss
 from ..metrics import Say
 from ..samples import Batch
@@ -44,6 +44,7 @@ class Evaluation:
     say: Say = lambda text: None
     stop_reason: str | None = None
     first: list[Answer] = field(default_factory=list)
+    greedy_at_first: list[Answer] = field(default_factory=list)
     general_at_first: float | None = None
     figures: list[dict[str, float]] = field(default_factory=list)
 
@@ -55,6 +56,7 @@ class Evaluation:
         reference = self.online.reference
         engine = RolloutEngine(reference, self.online.tokenizer, self.online.settings.max_new)
         self.first = engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
+        self.greedy_at_first = engine.greedy(self.prompts)
         if self.general is not None:
             self.general_at_first = general_loss(reference, self.general, attend=self.online.attend)
         return self._judge(self.first, reference)
@@ -73,6 +75,16 @@ class Evaluation:
             {name.removeprefix("eval_"): value for name, value in found.items()}
         )
         return found
+
+    def kl(self, against: GLM) -> float:
+        """Nats an answer (k3) between the policy and another model, on the held-out prompts."""
+        online = self.online
+        answers = online.engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
+        if not answers:
+            return 0.0
+        zeros = torch.zeros(len(answers))
+        seen = gather_experience(online.policy, against, answers, zeros, zeros)
+        return kl_metrics(seen.log_ratio, seen.answer, len(answers))["kl_k3"]
 
     def after_step(self) -> str | None:
         """Why to stop, by the round that is being walked through; None to go on."""
@@ -113,6 +125,6 @@ class Evaluation:
 
 
 @torch.no_grad()
-def general_loss(model: GLM, batch: Batch, *, attend: Attend = plain_attention) -> float:
+def general_loss(model: GLM, batch: Batch, *, attend: Attend = sdpa_attention) -> float:
     """Nats a token of general data."""
     return float(batch_loss(model, batch.to(model.device), attend=attend).mean())

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ...model import GLM, Attend, plain_attention
+from ...model import GLM, Attend, sdpa_attention
 from ..loss import hidden_states
 from ..samples import Batch, Sample
 from .answers import actions_of, one_a_row, sum_by_answer
@@ -47,7 +47,7 @@ class ActionScores:
 
 
 def score_actions(
-    model: GLM, batch: Batch, *, attend: Attend = plain_attention, chunk_elements: int = CHUNK_ELEMENTS
+    model: GLM, batch: Batch, *, attend: Attend = sdpa_attention, chunk_elements: int = CHUNK_ELEMENTS
 ) -> ActionScores:
     """Run the policy over context and answer at once; logits are made a chunk at a time and not kept."""
     rows, columns, answer = actions_of(batch)
@@ -74,6 +74,11 @@ def score_actions(
     return ActionScores(torch.cat(logprobs), torch.cat(entropies), hidden, answer, answers)
 
 
+def glm_in(model: nn.Module) -> GLM:
+    """The (first) language model inside a module: itself, or what adapters are wrapped around."""
+    return next(module for module in model.modules() if isinstance(module, GLM))
+
+
 def by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Numbers of samples that run together, in order: rows times the longest stays within `most` tokens."""
     parts: list[list[int]] = []
@@ -89,7 +94,7 @@ def by_tokens(lengths: Sequence[int], most: int) -> list[list[int]]:
 
 @torch.no_grad()
 def action_logprobs(
-    model: GLM, samples: Sequence[Sample], *, attend: Attend = plain_attention, most_tokens: int = 16_384
+    model: GLM, samples: Sequence[Sample], *, attend: Attend = sdpa_attention, most_tokens: int = 16_384
 ) -> tuple[Tensor, Tensor]:
     """Log π and entropy of every action of these samples, one sample after the other; fp32 [actions] each."""
     parts = [

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ...model import Attend, plain_attention
+from ...model import Attend, sdpa_attention
 from ..samples import Batch
 from ..settings import in_range
 from .advantages import gae, token_rewards, whiten
@@ -88,7 +88,7 @@ class SharedValue(nn.Module):
 
 
 def action_values(
-    value: RewardModel | SharedValue, scored: ActionScores, batch: Batch, *, attend: Attend = plain_attention
+    value: RewardModel | SharedValue, scored: ActionScores, batch: Batch, *, attend: Attend = sdpa_attention
 ) -> Tensor:
     """The value before each action, fp32 [actions]."""
     if isinstance(value, SharedValue):

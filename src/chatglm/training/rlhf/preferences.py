@@ -7,7 +7,6 @@ Both answers of a pair stand in one packed row, so no batch and no process ever 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import random
@@ -20,6 +19,7 @@ from typing import Any
 from ...config import ModelConfig
 from ...errors import TrainingError
 from ...tokenizer import Tokenizer, template
+from ..data.preferences import is_held_out, prompt_key
 from ..samples import Sample
 from .answers import answer_sample, closed_sample
 
@@ -125,14 +125,15 @@ def _preference(line: str) -> Preference:
         prompt=str(texts["prompt"]),
         chosen=str(texts["chosen"]),
         rejected=str(texts["rejected"]),
-        history=_history(raw.get("history")),
+        history=history_of(raw.get("history")),
         system=raw.get("system") or None,
         margin=_margin(raw.get("margin")),
         source=str(raw.get("source") or ""),
     )
 
 
-def _history(value: Any) -> tuple[tuple[str, str], ...]:
+def history_of(value: Any) -> tuple[tuple[str, str], ...]:
+    """Earlier rounds of a JSON object. Raises ValueError for another form."""
     rounds = value or []
     is_right = isinstance(rounds, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in rounds
@@ -163,9 +164,8 @@ def split_by_prompt(
     train: list[Preference] = []
     held: list[Preference] = []
     for preference in preferences:
-        digest = hashlib.sha256(f"{seed}\n{preference.text}".encode()).digest()
-        is_held = int.from_bytes(digest[:8], "big") < share * 2**64
-        (held if is_held else train).append(preference)
+        key = prompt_key(preference.prompt, preference.history)
+        (held if is_held_out(key, share, seed) else train).append(preference)
     return train, held
 
 

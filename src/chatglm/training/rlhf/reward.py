@@ -20,7 +20,7 @@ from ...checkpoint.folder import Checkpoint
 from ...checkpoint.saving import dump
 from ...config import ModelConfig, to_original
 from ...errors import CheckpointError
-from ...model import GLM, Attend, Transformer, plain_attention
+from ...model import GLM, Attend, Transformer, sdpa_attention
 from ..loss import hidden_states
 from ..samples import Batch
 from .answers import last_tokens
@@ -64,11 +64,11 @@ class RewardModel(nn.Module):
         output: Tensor = self.score(hidden.to(self.score.weight.dtype)).squeeze(-1)
         return output.float()
 
-    def hidden(self, batch: Batch, *, attend: Attend = plain_attention) -> Tensor:
+    def hidden(self, batch: Batch, *, attend: Attend = sdpa_attention) -> Tensor:
         """Hidden states [batch, tokens, hidden]."""
         return hidden_states(self.glm, batch, attend=attend)
 
-    def scores(self, batch: Batch, *, attend: Attend = plain_attention) -> Tensor:
+    def scores(self, batch: Batch, *, attend: Attend = sdpa_attention) -> Tensor:
         """fp32 [answers]: the score of each answer of a batch, taken at its last real token, never at padding."""
         rows, columns = last_tokens(batch)
         return self.values(self.hidden(batch, attend=attend)[rows, columns])

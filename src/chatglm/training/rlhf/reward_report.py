@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...model import Attend, plain_attention
+from ...model import Attend, sdpa_attention
 from .answers import one_a_row
 from .policy import by_tokens
 from .preferences import Pair, length_bin, reward_row
@@ -87,7 +87,7 @@ def _said(share: Share) -> str:
 
 @torch.no_grad()
 def score_pairs(
-    model: RewardModel, pairs: Sequence[Pair], *, attend: Attend = plain_attention, most_tokens: int = 16_384
+    model: RewardModel, pairs: Sequence[Pair], *, attend: Attend = sdpa_attention, most_tokens: int = 16_384
 ) -> Tensor:
     """Scores fp32 [pairs, 2], chosen first."""
     samples = [sample for pair in pairs for sample in reward_row(pair, model.config)]

@@ -11,15 +11,24 @@ import torch
 
 from ...checkpoint.atomic import write_whole
 from ...errors import TrainingError
-from ...model import Attend, plain_attention
+from ...model import Attend, sdpa_attention
 from ..loop import Report, train
 from ..metrics import Say
 from ..run_config import AT_LEAST_0, AT_LEAST_1, SHARE, ModelSettings, RunConfig
+from ..samples import Sample
 from ..sharding import whole
 from ..starting import source_folder, starting_config, starting_model, starting_tokenizer, tokenizer_file
 from ..task import MeteredLoss, Task
 from .pairs import PairBatch, PairSource
-from .preferences import Pair, balance_lengths, read_preferences, reward_row, split_by_prompt, tokenize_pairs
+from .preferences import (
+    Pair,
+    Preference,
+    balance_lengths,
+    read_preferences,
+    reward_row,
+    split_by_prompt,
+    tokenize_pairs,
+)
 from .reward import RewardModel, load_reward_model, reward_loss, reward_tensors, save_reward_model
 from .reward_report import RewardReport, reward_report, score_pairs
 
@@ -30,13 +39,15 @@ REPORT = "reward-report.json"
 class PreferenceData:
     """Where pairs come from.
 
-    files      JSONL of `prompt`, `chosen`, `rejected` (docs/rlhf.md); several are joined
-    held_out   share of the prompts that is never trained on
-    skip_bad   leave broken lines out, with a warning, instead of stopping
+    train           JSONL files of `prompt`, `chosen`, `rejected` (docs/rlhf.md); several are joined
+    held_out        files that are never trained on; none: a share of the prompts of `train`
+    held_out_share  that share
+    skip_bad        leave broken lines out, with a warning, instead of stopping
     """
 
-    files: tuple[str, ...] = ()
-    held_out: float = field(default=0.1, metadata=SHARE)
+    train: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    held_out_share: float = field(default=0.1, metadata=SHARE)
     skip_bad: bool = False
 
 
@@ -58,25 +69,36 @@ class RewardSettings:
 class RewardRun(RunConfig):
     """A run of this stage; `batch.rows` counts pairs."""
 
-    preferences: PreferenceData = field(default_factory=PreferenceData)
+    data: PreferenceData = field(default_factory=PreferenceData)
     reward: RewardSettings = field(default_factory=RewardSettings)
 
 
 def read_pairs(data: PreferenceData, model: ModelSettings, seed: int, limit: int) -> tuple[list[Pair], list[Pair]]:
     """Training and held-out pairs of the files, as ids."""
-    if not data.files:
-        raise TrainingError("`preferences.files` names no file", cure="preferences: {files: [pairs.jsonl]}")
+    if not data.train:
+        raise TrainingError("`data.train` names no file of preferences", cure="data: {train: pairs.jsonl}")
     config = starting_config(model)
     tokenizer = starting_tokenizer(model, config)
-    found = [one for name in data.files for one in read_preferences(name, skip_bad=data.skip_bad)]
-    train_part, held_part = split_by_prompt(found, data.held_out, seed)
+    train_part, held_part = read_split(data, seed)
     pairs, held = (tokenize_pairs(part, tokenizer, config, limit=limit) for part in (train_part, held_part))
     if not pairs:
-        raise TrainingError(f"no pair of {len(found)} fits {limit} tokens", cure="raise batch.length")
+        raise TrainingError(f"no pair of {len(train_part)} fits {limit} tokens", cure="raise batch.length")
     return pairs, held
 
 
-def pair_loss(penalty: float, attend: Attend = plain_attention) -> Callable[[torch.nn.Module, PairBatch], MeteredLoss]:
+def read_split(data: PreferenceData, seed: int) -> tuple[list[Preference], list[Preference]]:
+    """Training and held-out preferences; a prompt of the held-out files is never trained on."""
+    found, apart = (
+        [one for name in names for one in read_preferences(name, skip_bad=data.skip_bad)]
+        for names in (data.train, data.held_out)
+    )
+    if not apart:
+        return split_by_prompt(found, data.held_out_share, seed)
+    known = {one.text for one in apart}
+    return [one for one in found if one.text not in known], apart
+
+
+def pair_loss(penalty: float, attend: Attend = sdpa_attention) -> Callable[[torch.nn.Module, PairBatch], MeteredLoss]:
     """The loss of a batch of pairs under a RewardModel."""
 
     def loss(model: torch.nn.Module, pairs: PairBatch) -> MeteredLoss:
@@ -117,7 +139,7 @@ def reward_task(
     def evaluate() -> dict[str, float]:
         return summary(held_out_report(model, held_out, settings)) if held_out else {}
 
-    def rows(pair: Pair) -> list:  # type: ignore[type-arg]
+    def rows(pair: Pair) -> list[Sample]:
         return reward_row(pair, config)
 
     return Task(
@@ -153,7 +175,7 @@ def starting_reward_model(settings: ModelSettings, seed: int) -> RewardModel:
 
 def run(config: RewardRun, *, progress: Say | None = None, restart: bool = False) -> Report:
     """Train, report on held-out pairs, and write `OUT/model` and `OUT/reward-report.json`."""
-    pairs, held = read_pairs(config.preferences, config.model, config.seed, config.batch.length)
+    pairs, held = read_pairs(config.data, config.model, config.seed, config.batch.length)
     model = starting_reward_model(config.model, config.seed)
     task = reward_task(model, pairs, held, config.reward, seed=config.seed)
 
