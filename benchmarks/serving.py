@@ -55,7 +55,11 @@ def engine(options: argparse.Namespace) -> dict:
     torch.set_num_threads(options.threads)
     loaded = load_model(Path(options.model) if options.model else EMBEDDED_MODEL, options.dtype, options.device)
     limits = EngineLimits(
-        context_cache_s=0, max_running=max(options.batches), queue_timeout_s=1e9, request_timeout_s=1e9
+        context_cache_s=0,
+        max_running=max(options.batches),
+        queue_timeout_s=1e9,
+        request_timeout_s=1e9,
+        deterministic=options.deterministic,
     )
     build = EngineBuilder(loaded, limits, int(options.kv_memory * 1e9) if options.kv_memory else None)
     params = SamplingParams(temperature=0)
@@ -82,6 +86,7 @@ def engine(options: argparse.Namespace) -> dict:
     ratios = {batch: round(rate / medians[str(options.batches[0])], 2) for batch, rate in medians.items()}
     spread = {batch: [round(min(rates), 1), round(max(rates), 1)] for batch, rates in found.items()}
     shape = {"prompt": options.prompt, "answer": options.answer, "dtype": options.dtype, "device": options.device}
+    shape["deterministic"] = options.deterministic
     return {**facts(), **shape, "tokens_per_s": medians, "spread": spread, "times_batch_1": ratios}
 
 
@@ -322,6 +327,7 @@ def main() -> None:
     of_engine.add_argument("--answer", type=int, default=48)
     of_engine.add_argument("--repeats", type=int, default=5)
     of_engine.add_argument("--kv-memory", type=float, help="GB")
+    of_engine.add_argument("--deterministic", action="store_true", help="every step of one shape: what it costs")
     of_http = parts.add_parser("http")
     of_http.add_argument("--url", help="a server that runs already")
     of_http.add_argument("--server", nargs="*", default=["--context-cache", "0", "--max-running", "65"])

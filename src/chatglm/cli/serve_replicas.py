@@ -39,6 +39,10 @@ def run_replicas(
         replicas.check_settings(settings)
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
+    if settings.feedback_db is not None:
+        from ..server.feedback.schema import open_for_writing
+
+        open_for_writing(settings.feedback_db).close()  # told before anything heavy is imported or read
     folder = source_folder(source, placement.revision)
     from ..checkpoint import check
     from ..engine.placement import choose_device, physical_cores

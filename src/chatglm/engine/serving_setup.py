@@ -115,7 +115,7 @@ class EngineBuilder:
             self._cache = KVCache(self._loaded.config, self._blocks * BLOCK_SIZE, dtype, device)
         self._cache.clear()
         runner = serving_runner(self._loaded, self._cache, self._no_piece)
-        if self.limits.deterministic:
+        if self.limits.deterministic and not isinstance(runner, RowRunner):  # whose rows are apart already
             runner.least_rows, runner.least_length = self.limits.decode_rows, self._loaded.config.max_sequence_length
         if self.warm is None:
             self.warm = warm_up(runner, self.limits.decode_rows)
