@@ -27,6 +27,7 @@ from chatglm.training.data import (
     open_stream,
     prepare,
 )
+from chatglm.training.data.instructions import InstructionPieces
 from chatglm.training.data.opening import read_mixture, special_ids, write_mixture
 from chatglm.training.data.order import Permutation
 from chatglm.training.data.packing import plan_rows
@@ -175,6 +176,22 @@ def test_an_answer_sample_has_the_layout_of_fine_tuning() -> None:
     official = answer_sample(ids, 3, 54, official=True)
     assert official.targets.tolist() == [IGNORE, IGNORE, 54, 9, 10, 55]
     assert answer_sample(ids, 3, 54, "1d").positions[0].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_instructions_answer_a_mask_in_a_quarter_of_a_row(prepared: PreparedSet) -> None:
+    stream = open_stream([Ingredient(str(prepared.folder), "instruction")], length=256, seed=3, with_sources=True)
+    ids = special_ids(prepared)
+    samples = [sample for index in range(stream.rows_per_epoch) for sample in stream.row(index)]
+    assert len(samples) == 150
+    for sample in samples:
+        assert (sample.objective, sample.source) == ("instruction", "qa")
+        assert len(sample) <= 64
+        assert sample.ids[sample.context_length - 1] == ids.mask and ids.gmask not in sample.ids
+        assert (sample.targets[-1] == ids.eop) == (sample.cut_targets == 0)
+    few = InstructionPieces(prepared.dialogue, ids, window=64, seed=3, most_per_source=20)
+    assert len(few.lengths) == 20
+    other = InstructionPieces(prepared.dialogue, ids, window=64, seed=4, most_per_source=20)
+    assert few._chosen.tolist() != other._chosen.tolist()
 
 
 class Counted:

@@ -18,7 +18,7 @@ def mix(
     sets: Annotated[
         list[str],
         typer.Argument(
-            help="Prepared sets, DIR[:text|:dialogue][=WEIGHT]; without weights each has its size",
+            help="Prepared sets, DIR[:text|:dialogue|:instruction][=WEIGHT]; without weights each has its size",
             metavar="SET…",
             show_default=False,
         ),
@@ -89,7 +89,7 @@ def ingredient(word: str, texts: str, objective: str) -> Ingredient:
 
     name, equals, amount = word.rpartition("=") if "=" in word else (word, "", "")
     folder, _, part = name.rpartition(":")
-    if part not in ("text", "dialogue"):
+    if part not in ("text", "dialogue", "instruction"):
         folder, part = name, "all"
     try:
         weight = float(amount) if equals else None

@@ -21,6 +21,7 @@ from chatglm.errors import TrainingError
 from chatglm.tokenizer import Tokenizer
 
 from ..objective import Objective, SpecialIds, named_mixture
+from .instructions import InstructionPieces
 from .layout import sentence_ends
 from .mixing import MixedStream
 from .prepared import INDEX_FILE, PARTS, PreparedSet
@@ -35,20 +36,20 @@ class Ingredient:
     """One part of a mixture.
 
     set        the folder of a prepared set, or `datasets:NAME?…`, a corpus that is streamed (remote.py)
-    part       text, dialogue, or all that there is
+    part       text, dialogue, instruction (dialogues as GLM-130B's prompted data sets), or all that there is
     weight     share of the rows; None: as many as its rows
     texts      joined: texts one after the other, cut into rows; apart: each a sample of its own, packed
     objective  the mixture of blank infilling for texts, by name
     """
 
     set: str
-    part: Literal["text", "dialogue", "all"] = "all"
+    part: Literal["text", "dialogue", "instruction", "all"] = "all"
     weight: float | None = None
     texts: Literal["joined", "apart"] = "joined"
     objective: str = "chatglm-6b"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("part", (*PARTS, "all")), ("texts", ("joined", "apart"))):
+        for name, allowed in (("part", (*PARTS, "instruction", "all")), ("texts", ("joined", "apart"))):
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"{self.set}: `{name}` is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if self.weight is not None and not 0 <= self.weight < float("inf"):
@@ -181,6 +182,10 @@ def _streams(
         official = bool(prepared.index["made_of"]["layout"]["official"])
         answers = AnswerPieces(prepared.dialogue, ids.sop, encoding, official, names)
         streams.append(PackedStream(answers, length=length, seed=seed))
+    if ingredient.part == "instruction" and prepared.dialogue.documents:
+        window = length // named_mixture(ingredient.objective).parts
+        prompted = InstructionPieces(prepared.dialogue, ids, window=window, seed=seed, encoding=encoding, sources=names)
+        streams.append(PackedStream(prompted, length=length, seed=seed))
     if not streams:
         raise TrainingError(f"{ingredient.set} has no part `{ingredient.part}`", cure="`chatglm data inspect` shows it")
     rows = sum(stream.rows_per_epoch for stream in streams)

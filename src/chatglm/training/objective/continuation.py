@@ -5,6 +5,7 @@ Source: GLM (ACL 2022) §2.1; GLM-130B §2.2 and its instruction samples; spec/t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -45,6 +46,7 @@ def prompt_sample(
     window: int,
     objective: str = "instruction",
     encoding: Encoding = "2d",
+    source: str = "",
 ) -> Sample:
     """`prompt + mask`, then `sop + answer` → `answer + eop`, fitted into `window` tokens.
 
@@ -58,7 +60,8 @@ def prompt_sample(
     inputs = np.concatenate([prompt, [mask, ids.sop], answer])
     targets = np.concatenate([np.full(context, IGNORE), answer, [ids.eop]])
     runs_on = encoding == "1d" and mask == ids.gmask
-    return assemble(inputs, targets, _positions(context, len(answer) + 1, runs_on=runs_on), context, objective, window)
+    positions = _positions(context, len(answer) + 1, runs_on=runs_on)
+    return replace(assemble(inputs, targets, positions, context, objective, window), source=source)
 
 
 def _positions(context: int, generated: int, *, runs_on: bool) -> np.ndarray:
