@@ -121,7 +121,7 @@ def test_another_error_of_a_pass_is_not_taken_for_want_of_memory(base):
 
 def test_the_warm_up_finds_a_budget_and_that_rows_do_not_depend_on_the_batch(base, caplog):
     engine = engine_of(base, 64)
-    found = warm_up(engine.runner, 16)
+    found = warm_up(engine.runner, 16, 64)
     layers = base.config.num_layers
     assert found.is_invariant and 32 * layers <= found.prefill_budget <= 512 * layers
     tell(found, engine.runner, deterministic=False)
@@ -134,7 +134,7 @@ def test_a_machine_whose_rows_depend_on_the_batch_is_told(base, caplog, monkeypa
     engine = engine_of(base, 64)
     step = engine.runner.step
     monkeypatch.setattr(engine.runner, "step", lambda ids, tables, owners: step(ids, tables, owners) + len(tables))
-    found = warm_up(engine.runner, 16)
+    found = warm_up(engine.runner, 16, 64)
     assert not found.is_invariant
     tell(found, engine.runner, deterministic=False)
     assert "size of its batch" in caplog.text

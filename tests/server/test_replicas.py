@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from chatglm.engine.placement import free_memory
+from feedback_events import identity, rows
 from server_process import QUESTION, ServerProcess, error_of, stream_events, until
 
 pytest.importorskip("ray.serve")
@@ -27,8 +28,14 @@ needs_memory = pytest.mark.skipif(
 
 
 @pytest.fixture
-def replicated():
-    server = ServerProcess("--replicas", "2", "--kv-memory", "60MB", "--context-cache", "0", wait=False)
+def feedback_file(tmp_path):
+    return tmp_path / "feedback.db"
+
+
+@pytest.fixture
+def replicated(feedback_file):
+    options = ("--replicas", "2", "--kv-memory", "60MB", "--context-cache", "0", "--feedback-db", str(feedback_file))
+    server = ServerProcess(*options, wait=False)
     until(lambda: "listening" in server.log or server.process.poll() is not None, "two replicas", PATIENCE_S)
     assert server.process.poll() is None, server.log
     server.wait_until_ready()
@@ -54,9 +61,21 @@ def two_replicas(server: ServerProcess, names: set[str]) -> bool:
     return len(names) == 2
 
 
+def opinion_is_kept(server: ServerProcess, takers: set[str], kept: list[str]) -> bool:
+    """Whether both replicas have stored an opinion by now; one more is given."""
+    name = f"answer-{len(kept)}"
+    said = {"id": identity(name), "messages": QUESTION["messages"], "text": "a"}
+    body = {"conversation": {"id": identity("talk")}, "answer": said, "rater": "browser-1", "thumb": 1}
+    response = server.post("/v1/feedback", body)
+    assert response.status_code == 200, response.text
+    kept.append(identity(name))
+    takers.add(response.headers["x-replica"])
+    return len(takers) == 2
+
+
 @needs_memory
 @pytest.mark.slow
-def test_a_killed_replica_breaks_its_stream_and_is_replaced_while_the_other_serves(replicated):
+def test_a_killed_replica_breaks_its_stream_and_is_replaced_while_the_other_serves(replicated, feedback_file):
     server = replicated
     whole = stream_events(server.chat(stream=True))  # streaming works, and ends with [DONE]
     assert whole[-1]["choices"][0]["finish_reason"] in ("stop", "length")
@@ -64,6 +83,9 @@ def test_a_killed_replica_breaks_its_stream_and_is_replaced_while_the_other_serv
     assert (refused.status_code, error_of(refused)["code"]) == (400, "invalid_value")
     first: set[str] = set()
     until(lambda: two_replicas(server, first), "answers of both replicas", PATIENCE_S)
+    takers: set[str] = set()
+    kept: list[str] = []
+    until(lambda: opinion_is_kept(server, takers, kept), "feedback of both replicas", PATIENCE_S)
 
     lines: list[str] = []
     with (
@@ -88,6 +110,8 @@ def test_a_killed_replica_breaks_its_stream_and_is_replaced_while_the_other_serv
         until(lambda: server.status("/ready") != 200, "the drain", PATIENCE_S)
         assert running.result().status_code == 200 and "[DONE]" in running.result().text
     assert server.process.wait(PATIENCE_S) == 0
+    assert sorted(answer for (answer,) in rows(feedback_file, "SELECT answer_id FROM feedback")) == sorted(kept)
+    assert rows(feedback_file, "PRAGMA integrity_check") == [("ok",)]
 
 
 def has_begun(server: ServerProcess) -> bool:

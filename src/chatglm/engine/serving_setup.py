@@ -118,7 +118,7 @@ class EngineBuilder:
         if self.limits.deterministic and not isinstance(runner, RowRunner):  # whose rows are apart already
             runner.least_rows, runner.least_length = self.limits.decode_rows, self._loaded.config.max_sequence_length
         if self.warm is None:
-            self.warm = warm_up(runner, self.limits.decode_rows)
+            self.warm = warm_up(runner, self.limits.decode_rows, self.limits.max_running)
             tell(self.warm, runner, deterministic=self.limits.deterministic)
             self.limits = replace(self.limits, prefill_budget=self._budget(self.warm))
         return ServingEngine(runner, self._sampler, self.limits, change_logits=self._change_logits)

@@ -27,7 +27,7 @@ class EngineLimits:
 
     max_running: int = 64
     decode_rows: int = 64
-    prefill_budget: int | None = 1 << 20
+    prefill_budget: int | None = None
     queue_timeout_s: float = 60.0
     request_timeout_s: float = 600.0
     context_cache_s: float = 60.0

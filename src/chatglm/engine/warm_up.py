@@ -36,7 +36,7 @@ REPEATS = 3
 class WarmUp:
     """What was found.
 
-    prefill_budget    tokens times layers that take as long as a decode step; None where a pass cannot be paused
+    prefill_budget    tokens times layers that take as long as a token for everybody; None where a pass cannot be paused
     is_invariant      whether rows of a step gave the same bits in a small and in the largest batch
     activation_bytes  what the process or device held at most, beyond what it held before
     """
@@ -46,8 +46,11 @@ class WarmUp:
     activation_bytes: int
 
 
-def warm_up(runner: Runner, decode_rows: int) -> WarmUp:
-    """Run steps of the smallest and the largest shape, and a first pass."""
+def warm_up(runner: Runner, decode_rows: int, max_running: int) -> WarmUp:
+    """Run steps of the smallest and the largest shape, and a first pass.
+
+    decode_rows  sequences of one step; `max_running` take several steps for a token each
+    """
     device = runner.model.device
     before = _peak(device)
     rows = min(decode_rows, runner.cache.num_blocks)
@@ -58,7 +61,8 @@ def warm_up(runner: Runner, decode_rows: int) -> WarmUp:
             _step(runner, min(bucket, rows))
     few, many = _step(runner, min(MIN_ROWS, rows)), _step(runner, rows)
     is_invariant = bool((few == many[: len(few)]).all())
-    return WarmUp(_prefill_budget(runner, rows), is_invariant, max(0, _peak(device) - before))
+    budget = _prefill_budget(runner, rows, max_running / decode_rows)
+    return WarmUp(budget, is_invariant, max(0, _peak(device) - before))
 
 
 def tell(found: WarmUp, runner: Runner, *, deterministic: bool) -> None:
@@ -92,8 +96,8 @@ def _step(runner: Runner, rows: int) -> Tensor:
     return runner.decode(sequences).clone()
 
 
-def _prefill_budget(runner: Runner, rows: int) -> int | None:
-    """As many tokens times layers as one decode step of the largest batch is worth."""
+def _prefill_budget(runner: Runner, rows: int, steps: float) -> int | None:
+    """As many tokens times layers as so many decode steps of the largest batch are worth."""
     capacity = runner.cache.capacity
     first = _sequence(runner, 0, max(2, min(MEASURED_TOKENS, capacity - runner.prefix_length - BLOCK_SIZE)))
     first.generated_ids = []
@@ -115,7 +119,7 @@ def _prefill_budget(runner: Runner, rows: int) -> int | None:
     tokens = len(first.context_ids) + 1
     per_token = statistics.median(pass_times) / tokens
     least, most = BUDGET_TOKENS
-    return int(min(most, max(least, statistics.median(step_times) / per_token))) * layers
+    return int(min(most, max(least, steps * statistics.median(step_times) / per_token))) * layers
 
 
 def _peak(device: torch.device) -> int:

@@ -175,6 +175,7 @@ def run_server(backend: Backend, listener: socket.socket, log: RequestLog) -> in
         cache_blocks=pool.num_blocks,
         cache_tokens=pool.num_blocks * 16,
         full_sequences=pool.num_blocks * 16 // backend.context,
+        prefill_budget=backend.thread.engine.prefill_budget,
         open_files=raise_file_limit(),
     )
     if settings.log_prompts:
