@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from server_process import QUESTION, error_of, until
@@ -65,3 +68,16 @@ def test_every_documented_metric_is_there(server):
     for declared in ("rejected", "rate_limited"):  # counted only once it happened
         assert f"# TYPE chatglm:{declared}_total counter" in page
     assert server.metric("inter_token_latency_seconds_count") >= 2
+
+
+def test_the_table_of_the_forty_tests_names_tests_that_exist():
+    folder = Path(__file__).parent
+    document = folder.parents[1] / "docs" / "serving.md"
+    if not document.is_file():
+        pytest.skip("docs/ is not beside the tests")
+    lines = document.read_text(encoding="utf-8").split("## The forty tests")[1].splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if re.match(r"\| \d", line)]
+    assert [int(cell[0]) for cell in cells] == list(range(1, 41))
+    for _, _, named in cells:
+        for file, name in re.findall(r"`(\w+)::(\w+)`", named):
+            assert f"\ndef test_{name}(" in (folder / f"test_{file}.py").read_text(encoding="utf-8"), name
