@@ -39,6 +39,7 @@ class Network:
         """Make the parts under the original's names."""
         self.description = config
         self.gradient_checkpointing = False
+        self.has_dropout = False  # inside a layer: its random state is then kept for the second forward
         self.word_embeddings = Embedding(config.vocab_size, config.hidden_size)
         if config.position_encoding == "learned_2d":
             self.position_embeddings = Embedding(config.max_sequence_length + 1, config.hidden_size)
@@ -76,8 +77,9 @@ class Network:
                 keep_hidden.append(hidden)
             if self.gradient_checkpointing and self.training:
                 hidden = checkpoint(
-                    layer, hidden, rotary, blocked, cache, prefix, attend, use_reentrant=False, preserve_rng_state=False
-                )
+                    layer, hidden, rotary, blocked, cache, prefix, attend,
+                    use_reentrant=False, preserve_rng_state=self.has_dropout,
+                )  # fmt: skip
             else:
                 hidden = layer(hidden, rotary, blocked, cache, prefix, attend)
         output: Tensor = self.final_layernorm(hidden)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from ..errors import TrainingError
 from ..model import GLM
+from .adapters.base import frozen_base, stored_config, wanted_config
+from .adapters.lora import add_lora, lora_config
+from .adapters.prefix import add_prefix, prefixed
+from .adapters.saving import base_name, save_lora, save_prefix
+from .adapters.settings import LoraSettings, PtuningSettings, settings_of
 from .run_config import RunConfig
 from .starting import starting_model
 
@@ -23,7 +29,7 @@ class Tuned:
     """
 
     model: nn.Module
-    exported: Callable[[Path], None] | None = None
+    exported: Callable[[Path], object] | None = None
 
     @property
     def glm(self) -> GLM:
@@ -34,7 +40,29 @@ def _full(run: RunConfig) -> Tuned:
     return Tuned(starting_model(run.model, run.seed))
 
 
-METHODS: dict[str, Callable[[RunConfig], Tuned]] = {"full": _full}
+def _lora(run: RunConfig) -> Tuned:
+    settings = settings_of(run.method)
+    assert isinstance(settings, LoraSettings)
+    described = lora_config(settings)
+    model = add_lora(frozen_base(run, wanted_config(run, settings)), settings, run.seed)
+    return Tuned(model, partial(save_lora, model=model, peft_config=described, base=base_name(run.model)))
+
+
+def _ptuning(run: RunConfig) -> Tuned:
+    settings = settings_of(run.method)
+    assert isinstance(settings, PtuningSettings)
+    config = prefixed(wanted_config(run, settings), settings)
+    model = add_prefix(frozen_base(run, config), config, settings, run.seed)
+    described = prefixed(stored_config(run), settings)
+    return Tuned(model, partial(save_prefix, model=model, described=described, base=base_name(run.model)))
+
+
+METHODS: dict[str, Callable[[RunConfig], Tuned]] = {
+    "full": _full,
+    "lora": _lora,
+    "qlora": _lora,
+    "ptuning": _ptuning,
+}
 """By the `name` of the `method` section; its other keys belong to the method."""
 
 

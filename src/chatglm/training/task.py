@@ -79,7 +79,7 @@ class Task:
     before_step: Callable[[int], None] | None = None
     on_checkpoint: Callable[[Path], None] | None = None
     on_resume: Callable[[Path], None] | None = None
-    exported: Callable[[Path], None] | None = None
+    exported: Callable[[Path], object] | None = None
     stops: Callable[[], str | None] | None = None
 
     @property
