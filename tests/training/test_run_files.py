@@ -58,7 +58,6 @@ def test_sections_that_are_given_in_part_keep_the_defaults_of_their_stage(tmp_pa
         ("batch: {rows: true}", r"`batch.rows` is True; it must be a whole number"),
         ("batch: {rows: 4, ramp_from: 8}", r"`batch.ramp_from` is 8, above `batch.rows` 4"),
         ("schedule: {kind: cosin}", r"`schedule.kind` is 'cosin'; allowed: cosine, .*\n  cure: did you mean cosine\?"),
-        ("schedule: {warmup: 20}", r"`schedule.warmup` is 20 steps, the run has 10"),
         ("compute: {compile: 1}", r"`compute.compile` is 1; it must be true or false"),
         ("epochs: 2", r"give `steps` or `epochs`, one of them"),
     ],

@@ -94,7 +94,7 @@ def run_stage(
         if report.model is not None:
             terminal.note(f"Try: {try_next.format(model=report.model)}")
     if not report.finished:
-        raise typer.Exit(1)
+        raise typer.Exit(130)  # interrupted
 
 
 def report_of(report: Report) -> dict[str, Any]:

@@ -215,11 +215,6 @@ class RunConfig:
             raise TrainingError("give `steps` or `epochs`, one of them", cure="steps: 1000")
         if batch.ramp_from is not None and batch.ramp_from > batch.rows:
             raise TrainingError(f"`batch.ramp_from` is {batch.ramp_from}, above `batch.rows` {batch.rows}")
-        if self.schedule.warmup and self.steps is not None and self.schedule.warmup > self.steps:
-            raise TrainingError(
-                f"`schedule.warmup` is {self.schedule.warmup} steps, the run has {self.steps}",
-                cure=f"schedule.warmup: {max(1, self.steps // 20)}",
-            )
 
 
 Run = TypeVar("Run", bound=RunConfig)
