@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..errors import TrainingError
 from ..model import GLM
+from .adapters.costs import costs
 from .attending import attend_for
+from .data.mixing import hold_out
 from .data.opening import Ingredient, open_stream
 from .data.streams import Stream
 from .forecast import forecast, lines_of
@@ -35,7 +37,7 @@ class DataSettings:
     """Prepared data (`chatglm data prepare`).
 
     train      folders of prepared sets, mixture files, or sections {set:, weight:, part:, texts:, objective:}
-    held_out   the same, never trained on; None: the first `held_out_rows` rows of the stream are left out and scored
+    held_out   the same, never trained on; None: about `held_out_rows` rows of `train` are left out and scored
     objective  blank infilling mixture of every text, by name, in the place of what `train` says
     """
 
@@ -69,25 +71,18 @@ class NamedBatch:
 
 @dataclass(frozen=True)
 class NamedSource:
-    """A stream as rows for the loop. first: rows to leave out; rows: how many there are then [an epoch's]."""
+    """A stream as rows for the loop."""
 
     stream: Stream
-    first: int = 0
-    rows: int | None = None
 
     @property
     def rows_per_epoch(self) -> int:
-        return self.rows or max(1, self.stream.rows_per_epoch - self.first)
+        return self.stream.rows_per_epoch
 
     def batch(self, start: int, count: int) -> NamedBatch:
         """Rows start … start + count - 1, as many tokens wide as the stream's rows."""
-        rows = [self.stream.row(self._number(start + place)) for place in range(count)]
+        rows = [self.stream.row(start + place) for place in range(count)]
         return NamedBatch(collate(rows, self.stream.length), _objectives(rows))
-
-    def _number(self, row: int) -> int:
-        """The stream's row: the first ones of every epoch are left out."""
-        epoch, place = divmod(row, self.rows_per_epoch)
-        return epoch * self.stream.rows_per_epoch + self.first + place
 
 
 def _objectives(rows: list[list[Sample]]) -> Tensor:
@@ -126,15 +121,9 @@ def text_task(run: TextRun, *, check: Callable[[Stream], None] | None = None) ->
     if run.data.held_out:
         held_out = NamedSource(opened(run.data.held_out, run, config, "data.held_out"))
     elif run.data.held_out_rows:
-        rows = run.data.held_out_rows
-        if rows >= stream.rows_per_epoch:
-            raise TrainingError(
-                f"`data.held_out_rows` is {rows}; the data has {stream.rows_per_epoch} rows of {stream.length} tokens",
-                cure="prepare more data, or hold out fewer rows",
-            )
-        held_out = NamedSource(stream, rows=rows)
-    source = NamedSource(stream, first=run.data.held_out_rows if not run.data.held_out else 0)
-    return Task(made.model, named_loss, source, held_out, exported=made.exported)
+        stream, rows = hold_out(stream, run.data.held_out_rows)
+        held_out = NamedSource(rows)
+    return Task(made.model, named_loss, NamedSource(stream), held_out, exported=made.exported)
 
 
 def opened(data: tuple[Any, ...], run: RunConfig, config: ModelConfig, key: str) -> Stream:
@@ -170,7 +159,8 @@ def look_ahead(run: TextRun) -> dict[str, Any]:
         opened(run.data.held_out, run, config, "data.held_out")
     rows = max(1, stream.rows_per_epoch - (0 if run.data.held_out else run.data.held_out_rows))
     steps = run.steps if run.steps is not None else steps_for(math.ceil(rows * (run.epochs or 1)), run.batch)
-    told = forecast(run, config, steps=steps)
+    trained, frozen = costs(run) or (None, 0)
+    told = forecast(run, config, trained=trained, frozen_bytes=frozen, steps=steps)
     data = {"rows_per_epoch": rows, "length": stream.length, "epochs": steps * run.batch.rows / rows}
     line = f"data       {rows:,} rows of {stream.length} tokens, read {data['epochs']:.2f} times"
     return {"forecast": told.as_mapping(), "data": data, "lines": [*lines_of(told), line]}
