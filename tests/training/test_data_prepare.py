@@ -385,3 +385,32 @@ def test_a_set_with_a_short_or_changed_shard_is_found(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(TrainingError, match="the index says"):
         PreparedSet.open(found.folder)
+
+
+def test_a_large_text_ends_with_its_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("The first file.\n" * 40 + "\n" * 3000)
+    (tmp_path / "b.txt").write_text("The second file.\n" * 3)
+    found = prepared(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt", block_bytes=500)
+    assert found.text.documents == 2
+    assert tokenizer.decode(found.text.document(0).tolist()).count("first") == 40
+    assert tokenizer.decode(found.text.document(1).tolist()).count("second") == 3
+
+
+def test_a_full_disk_is_one_message_and_loses_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"text": f"Text number {number}. " * 20} for number in range(40)]
+    file = write_jsonl(tmp_path / "a.jsonl", *lines)
+    replace, calls = os.replace, []
+
+    def full(source: Any, target: Any) -> None:
+        calls.append(target)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full)
+        with pytest.raises(TrainingError, match=r"block-000002\.npz cannot be written \(No space left on device\)"):
+            prepared(tmp_path, file, block_bytes=4000)
+    found = prepared(tmp_path, file, block_bytes=4000)
+    assert found.index["blocks_kept_from_before"] == 2
+    assert found.text.documents == 40

@@ -1,8 +1,8 @@
 """Which token of a packed row may look at which: the prefix-LM mask of every document, block-diagonal over the row.
 
 Query i sees key j if both are of one document and `in_context[j] or j <= i`. `dense_blocked` writes the mask out and is
-the slow twin; `flex_block_mask` builds FlexAttention's block mask on the device, so that memory does not grow with the
-square of the row. Source: GLM (ACL 2022) §2.1; spec/training.md §1.1, §1.7.
+the slow twin; `flex_block_mask` builds FlexAttention's block mask on the device, so that no score matrix of the whole
+row is held. Source: GLM (ACL 2022) §2.1; spec/training.md §1.1, §1.7.
 """
 
 from __future__ import annotations

@@ -60,16 +60,22 @@ def read_table(blocks: Sequence[BlockFacts], sources: dict[str, int]) -> Table:
         for column, part in zip(columns, row, strict=True):
             column.append(part)
     dtypes = (np.int32, np.int64, np.int32, np.bool_, np.uint64, np.uint64, np.int32, np.int64, np.bool_)
-    return Table(*(np.concatenate([np.empty(0, dtype), *c]) for c, dtype in zip(columns, dtypes, strict=True)))
+    table = Table(*(np.concatenate([np.empty(0, dtype), *c]) for c, dtype in zip(columns, dtypes, strict=True)))
+    files: dict[str, int] = {}
+    of_block = np.array([files.setdefault(facts.file, len(files)) for facts in blocks] or [0])
+    ends = np.diff(of_block[table.block], append=-1) != 0  # what would go on ends with its file
+    table.goes_on[ends] = False
+    return table
 
 
 def find_repetitions(table: Table, blocks: Sequence[BlockFacts], findings: Findings) -> Bools:
     """Which records stay [records]: all but duplicates. Duplicates and contradictions go to `findings`."""
     is_part = table.goes_on | np.concatenate([[False], table.goes_on[:-1]])  # parts of a large text are not compared
-    keys = np.stack((table.whole, table.is_text.astype(np.uint64)), axis=1)
-    keys[is_part, 1] = np.arange(2, 2 + int(is_part.sum()))
-    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    earlier = first[inverse.reshape(-1)]
+    compared = np.flatnonzero(~is_part)
+    keys = (table.whole[compared] << np.uint64(1)) | table.is_text[compared].astype(np.uint64)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    earlier = np.arange(len(table))
+    earlier[compared] = compared[first[inverse.reshape(-1)]]
     keep: Bools = earlier == np.arange(len(table))
     _report(findings, "duplicate", "is the same as", np.flatnonzero(~keep), earlier, table, blocks)
     asking = np.flatnonzero(keep & ~table.is_text)

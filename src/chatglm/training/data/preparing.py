@@ -7,7 +7,6 @@ whole or not at all; when all are there they are merged into shards and the fold
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ class Preparation:
     """
 
     inputs: tuple[str, ...]
-    tokenizer: Path
+    tokenizer: str | Path
     layout: Layout = field(default_factory=Layout)
     reading: Reading = field(default_factory=Reading)
     end_of_text: str = END_OF_TEXT
@@ -60,14 +59,15 @@ class Preparation:
     shard_tokens: int = SHARD_TOKENS
 
 
-def open_tokenizer(path: Path) -> Tokenizer:
+def open_tokenizer(path: str | Path) -> Tokenizer:
     """From a checkpoint folder or a tokenizer file."""
+    path = Path(path)
     return Tokenizer.from_folder(path) if path.is_dir() else Tokenizer.from_file(path)
 
 
 def prepare(
     preparation: Preparation,
-    out: Path,
+    out: str | Path,
     *,
     workers: int | None = None,
     overwrite: bool = False,
@@ -78,6 +78,19 @@ def prepare(
     workers  processes; None: as many as cores. 1 works in this process
     Raises TrainingError for bad data (file, line and what to do), and for a folder that holds something else.
     """
+    out = Path(out)
+    try:
+        return _prepare(preparation, out, workers or os.cpu_count() or 1, overwrite, progress)
+    except OSError as error:  # what cannot be read is a TrainingError by now
+        raise TrainingError(
+            f"{error.filename or out} cannot be written ({error.strerror or error})",
+            cure="make room and give the same command again; it goes on where it was",
+        ) from error
+
+
+def _prepare(
+    preparation: Preparation, out: Path, workers: int, overwrite: bool, progress: Progress | None
+) -> PreparedSet:
     tokenizer = open_tokenizer(preparation.tokenizer)
     identity = _identity(preparation, tokenizer)
     partial = out.with_name(f"{out.name}.partial")
@@ -88,7 +101,7 @@ def prepare(
     _begin(partial, identity)
     with _locked(partial, out):
         began = time.monotonic()
-        blocks, findings, kept = _encode_all(preparation, tokenizer, partial, workers or os.cpu_count() or 1, progress)
+        blocks, findings, kept = _encode_all(preparation, tokenizer, partial, workers, progress)
         sources: dict[str, int] = {}
         table = read_table(blocks, sources)
         keep = find_repetitions(table, blocks, findings)
@@ -181,6 +194,11 @@ def _begin(partial: Path, identity: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(partial: Path, out: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError:  # Windows: nothing keeps two runs apart there
+        yield
+        return
     with (partial / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -273,7 +291,14 @@ class _Work:
     def _ready(self) -> Iterator[tuple[int, BlockFacts]]:
         ready, _ = wait(self._running, return_when=FIRST_COMPLETED)
         for future in ready:
-            yield self._running.pop(future), future.result()
+            number = self._running.pop(future)
+            try:
+                yield number, future.result()
+            except BrokenExecutor as error:
+                raise TrainingError(
+                    f"a worker died at block {number:,}, most likely for want of memory",
+                    cure="give the same command again with fewer --workers; it goes on where it was",
+                ) from error
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import parse_qsl, unquote
 
@@ -246,4 +245,4 @@ def remote_tokenizer(words: str, tokenizer: Tokenizer | None = None) -> Tokenize
     named = Remote.parse(words).tokenizer
     if named is None:
         raise TrainingError(f"{words}: a streamed corpus needs a tokenizer", cure="add `&tokenizer=FOLDER`")
-    return open_tokenizer(Path(named))
+    return open_tokenizer(named)
