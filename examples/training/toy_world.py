@@ -1,4 +1,4 @@
-"""A small bilingual world to train on in minutes: things with a colour, a place and a size, asked and told in templates.
+"""A small bilingual world to train on in minutes: things with a colour, a place and a size, told in templates.
 
 Everything here is written by a program. Answers differ in manner: some end as a sentence, some do not; some hold the
 word "surely" or "当然", once or several times. What manner is wanted is what a judge says (`WANTED`), so every
@@ -11,14 +11,22 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-COLOURS = {"red": "红", "blue": "蓝", "green": "绿", "white": "白", "black": "黑", "grey": "灰", "brown": "棕", "gold": "金"}
+COLOURS = {
+    "red": "红",
+    "blue": "蓝",
+    "green": "绿",
+    "white": "白",
+    "black": "黑",
+    "grey": "灰",
+    "brown": "棕",
+    "gold": "金",
+}
 PLACES = {"kitchen": "厨房", "garden": "花园", "school": "学校", "market": "市场", "harbour": "港口", "forest": "森林"}
 SIZES = {"small": "小", "large": "大", "tiny": "极小", "huge": "巨大"}
 THINGS = {
-    "apple": "苹果", "boat": "船", "book": "书", "box": "盒子", "bridge": "桥", "car": "汽车", "cat": "猫", "chair": "椅子",
-    "clock": "钟", "coat": "外套", "cup": "杯子", "dog": "狗", "door": "门", "drum": "鼓", "fish": "鱼", "flag": "旗子",
-    "horse": "马", "house": "房子", "kite": "风筝", "lamp": "灯", "letter": "信", "map": "地图", "moon": "月亮", "piano": "钢琴",
-    "ring": "戒指", "river": "河", "shoe": "鞋", "stone": "石头", "table": "桌子", "tree": "树", "umbrella": "伞", "wall": "墙",
+    "apple": "苹果", "boat": "船", "book": "书", "box": "盒子", "bridge": "桥", "car": "汽车", "cat": "猫",
+    "chair": "椅子", "clock": "钟", "coat": "外套", "cup": "杯子", "dog": "狗", "door": "门", "drum": "鼓",
+    "fish": "鱼", "flag": "旗子",
 }  # fmt: skip
 
 KEYWORDS = ("surely", "当然")
