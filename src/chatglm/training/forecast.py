@@ -104,7 +104,7 @@ def forecast(
         trained=learns,
         states=learns * STATE_BYTES // share,
         frozen=frozen_bytes // share,
-        activations=activation_bytes(run, config, precision, shares=run.parallel.tensor),
+        activations=activation_bytes(run, config, precision, shares=run.parallel.tensor, casts_weights=trained is None),
         head=head_bytes(run, config, precision),
         disk=learns * CHECKPOINT_BYTES,
         processes=processes,
@@ -115,15 +115,21 @@ def forecast(
     )
 
 
-def activation_bytes(run: RunConfig, config: ModelConfig, precision: str, *, shares: int = 1) -> int:
-    """Kept by the forward pass of one micro-batch; shares: tensor-parallel processes."""
+def activation_bytes(
+    run: RunConfig, config: ModelConfig, precision: str, *, shares: int = 1, casts_weights: bool = True
+) -> int:
+    """Kept by the forward pass of one micro-batch.
+
+    shares         tensor-parallel processes
+    casts_weights  weights learn in fp32, so a narrow run keeps a narrow copy of each that is in use
+    """
     item, hidden, layers = _ITEM[precision], config.hidden_size, config.num_layers
     tokens = run.batch.micro_rows * run.batch.length
     wide = 4 * hidden  # the inner size that LAYER_ELEMENTS counts with
     elements = LAYER_ELEMENTS + 2 * (config.inner_hidden_size - wide) / hidden
     layer = int(tokens * hidden * elements * item / shares)
     layer_parameters = (config.num_parameters - config.vocab_size * hidden) // layers
-    narrow = 0 if precision == "fp32" else layer_parameters * item // shares  # cast weights, kept for the backward pass
+    narrow = layer_parameters * item // shares if casts_weights and precision != "fp32" else 0
     mask = run.batch.micro_rows * run.batch.length**2  # bool, of the dense mask
     if run.compute.checkpointing:
         return layers * tokens * hidden * item + layer + narrow + mask

@@ -68,10 +68,15 @@ METHODS: dict[str, Callable[[RunConfig], Tuned]] = {
 
 def tuned(run: RunConfig) -> Tuned:
     """The model of a run under its method. Raises TrainingError for an unknown one, with the nearest name."""
+    return METHODS[method_name(run)](run)
+
+
+def method_name(run: RunConfig) -> str:
+    """The `name` of the `method` section. Raises TrainingError for an unknown one."""
     name = str(run.method.get("name", "full"))
     if name not in METHODS:
         near = difflib.get_close_matches(name, METHODS, n=1)
         raise TrainingError(
             f"`method.name` is {name!r}; known: {', '.join(METHODS)}", cure=f"did you mean {near[0]}?" if near else None
         )
-    return METHODS[name](run)
+    return name

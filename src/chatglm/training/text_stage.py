@@ -20,7 +20,7 @@ from .data.opening import Ingredient, open_stream
 from .data.streams import Stream
 from .forecast import forecast, lines_of
 from .loss import loss_positions, token_losses
-from .methods import Tuned, tuned
+from .methods import Tuned, method_name, tuned
 from .run_config import AT_LEAST_0, RunConfig
 from .samples import Batch, Sample, collate
 from .schedules import steps_for
@@ -151,6 +151,7 @@ def _check_length(length: int, config: ModelConfig) -> None:
 
 def look_ahead(run: TextRun) -> dict[str, Any]:
     """What --dry-run tells: the data and the description of the model are opened, no weight is read."""
+    method_name(run)
     config = starting_config(run.model)
     starting_tokenizer(run.model, config)
     _check_length(run.batch.length, config)
