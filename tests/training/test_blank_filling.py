@@ -23,6 +23,7 @@ from chatglm.training.objective import (
     named_mixture,
     prompt_sample,
 )
+from chatglm.training.objective.continuation import Encoding
 from chatglm.training.objective.spans import Span
 from chatglm.training.samples import IGNORE, Sample
 
@@ -142,6 +143,18 @@ def test_a_document_sample_may_generate_everything() -> None:
     sample = continue_text(TEXT, 10, IDS)
     assert sample.ids[:2].tolist() == [IDS.gmask, IDS.sop]
     assert sample.targets[1:].tolist() == TEXT.tolist()
+
+
+@given(tokens=st.integers(1, 300), seed=st.integers(0, 2**32), encoding=st.sampled_from(["1d", "2d"]))
+def test_a_document_sample_spells_the_text(tokens: int, seed: int, encoding: Encoding) -> None:
+    random = np.random.default_rng(seed)
+    text = random.integers(1000, 2000, size=tokens).astype(np.int32)
+    sample = Objective(IDS, encoding=encoding).sample(text, "document", random)
+    context, generated = sample.ids[: sample.context_length - 1], sample.targets[sample.context_length :]
+    whole = np.concatenate([context, generated])
+    assert whole.tolist() == text[: len(whole)].tolist() and len(whole) >= min(2, tokens)
+    assert len(generated) >= int(0.2 * len(whole))
+    assert sample.ids[sample.context_length - 1 :].tolist() == [IDS.gmask, IDS.sop, *generated[:-1]]
 
 
 def test_gpt_mixture_generates_every_token() -> None:

@@ -259,6 +259,8 @@ def test_the_same_command_again_does_nothing_and_another_needs_overwrite(tmp_pat
     file = dialogues(tmp_path / "a.jsonl")
     before = prepared(tmp_path, file).folder.stat().st_mtime_ns
     assert prepared(tmp_path, file).folder.stat().st_mtime_ns == before
+    with pytest.raises(TrainingError, match="from files that have changed"):
+        prepared(tmp_path, write_jsonl(file, {"text": "other"}))
     with pytest.raises(TrainingError, match="prepared otherwise"):
         prepared(tmp_path, file, layout=Layout(length=32))
     preparation = Preparation((str(file),), TOKENIZER, Layout(length=32))
@@ -308,40 +310,75 @@ prepare(Preparation(({str(file)!r},), Path({str(TOKENIZER)!r}), block_bytes=4000
     assert contents(found) == contents(again)
 
 
-def test_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
-    script = f"""
-import multiprocessing, sys
-from chatglm.training.data.preparing import _Work, _start_worker, Preparation, open_tokenizer
-from pathlib import Path
-from concurrent.futures import ProcessPoolExecutor
-import os, time
-def pid():
-    return os.getpid()
-if __name__ == "__main__":
-    tokenizer = open_tokenizer(Path({str(TOKENIZER)!r}))
-    work = _Work(Path("."), Preparation((), Path(".")), tokenizer, 2)
-    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker,
-                               initargs=(work.job, str(tokenizer.path), tokenizer.offset))
-    print(pool.submit(os.getpid).result(), flush=True)
-    time.sleep(600)
+def test_a_script_without_a_main_guard_may_use_workers_which_end_with_their_work(tmp_path: Path) -> None:
+    lines = [{"text": f"Text number {number}. " * 20} for number in range(400)]
+    file = write_jsonl(tmp_path / "a.jsonl", *lines)
+    (tmp_path / "script.py").write_text(
+        f"""
+import multiprocessing, os, time
+from chatglm.training.data import Preparation, prepare
+print("started", flush=True)
+def progress(done, total, what):
+    children = [child.pid for child in multiprocessing.active_children()]
+    if what == "writing shards":
+        print(*children, flush=True)
+        time.sleep(600)
+prepare(Preparation(({str(file)!r},), {str(TOKENIZER)!r}, block_bytes=4000), {str(tmp_path / "set")!r}, workers=2,
+        progress=progress)
 """
-    (tmp_path / "script.py").write_text(script)
-    run = subprocess.Popen([sys.executable, str(tmp_path / "script.py")], stdout=subprocess.PIPE, text=True)
+    )
+    script = [sys.executable, str(tmp_path / "script.py")]
+    run = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert run.stdout is not None and run.stderr is not None
+    assert run.stdout.readline() == "started\n"
+    said = run.stdout.readline()  # the second and last line: no worker has run the script again
+    run.kill()
+    run.wait()
+    rest, errors = run.stdout.read(), run.stderr.read()
+    run.stdout.close()
+    run.stderr.close()
+    assert (said.strip(), rest, errors) == ("", "", "")
+
+
+def test_workers_leave_when_their_parent_is_killed(tmp_path: Path) -> None:
+    lines = [{"text": f"Text number {number}. " * 20} for number in range(3000)]
+    file = write_jsonl(tmp_path / "a.jsonl", *lines)
+    script = f"""
+import multiprocessing, time
+from chatglm.training.data import Preparation, prepare
+def progress(done, total, what):
+    children = [child.pid for child in multiprocessing.active_children()]
+    if len(children) == 2:
+        print(*children, flush=True)
+        time.sleep(600)
+prepare(Preparation(({str(file)!r},), {str(TOKENIZER)!r}, block_bytes=4000), {str(tmp_path / "set")!r}, workers=2,
+        progress=progress)
+"""
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert run.stdout is not None
-    worker = int(run.stdout.readline())
+    workers = [int(word) for word in run.stdout.readline().split()]
+    assert len(workers) == 2
     run.kill()
     run.wait()
     run.stdout.close()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            break
+    deadline = time.monotonic() + 120
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    else:
+    left = [worker for worker in workers if is_running(worker)]
+    for worker in left:
         os.kill(worker, signal.SIGKILL)
-        pytest.fail("the worker outlived its parent")
+    assert not left
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # gone since, or no such folder on this system
+        return Path("/proc/self").exists() is False
 
 
 def test_a_changed_corpus_is_read_again(tmp_path: Path) -> None:

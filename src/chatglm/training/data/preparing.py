@@ -11,6 +11,8 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -80,12 +82,17 @@ def prepare(
     """
     out = Path(out)
     try:
-        return _prepare(preparation, out, workers or os.cpu_count() or 1, overwrite, progress)
+        return _prepare(preparation, out, workers or _cores(), overwrite, progress)
     except OSError as error:  # what cannot be read is a TrainingError by now
         raise TrainingError(
             f"{error.filename or out} cannot be written ({error.strerror or error})",
             cure="make room and give the same command again; it goes on where it was",
         ) from error
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _prepare(
@@ -94,7 +101,8 @@ def _prepare(
     tokenizer = open_tokenizer(preparation.tokenizer)
     identity = _identity(preparation, tokenizer)
     partial = out.with_name(f"{out.name}.partial")
-    done = _finished(out, identity, overwrite)
+    files = [_file_facts(file) for file in expand(preparation.inputs)]
+    done = _finished(out, identity, files, overwrite)
     if done is not None:
         shutil.rmtree(partial, ignore_errors=True)
         return done
@@ -113,6 +121,7 @@ def _prepare(
             )
         about = {
             **_about(preparation, tokenizer, identity),
+            "inputs": files,
             "left_out": sum(facts.left_out for facts in blocks),
             "samples_with_dropped_rounds": sum(facts.dropped_rounds for facts in blocks),
             "problems": findings.as_dict(),
@@ -162,16 +171,26 @@ def _about(preparation: Preparation, tokenizer: Tokenizer, identity: dict[str, A
     }
 
 
-def _finished(out: Path, identity: dict[str, Any], overwrite: bool) -> PreparedSet | None:
+def _file_facts(file: str) -> dict[str, Any]:
+    """Name, size and age of a file: what changes when its content does."""
+    if file == "-":
+        return {"file": file, "bytes": None, "modified_ns": None}
+    state = Path(file).stat()
+    return {"file": file, "bytes": state.st_size, "modified_ns": state.st_mtime_ns}
+
+
+def _finished(out: Path, identity: dict[str, Any], files: list[dict[str, Any]], overwrite: bool) -> PreparedSet | None:
     """The set that is already there, if it is the one that is asked for."""
     if not out.exists():
         return None
     if (out / INDEX_FILE).is_file():
         found = PreparedSet.open(out)
-        if found.index["made_of"] == identity and not overwrite and "-" not in identity["inputs"]:
-            return found
         if overwrite:
             return None
+        if found.index["made_of"] == identity and found.index["inputs"] == files and "-" not in identity["inputs"]:
+            return found
+        if found.index["made_of"] == identity:
+            raise TrainingError(f"{out} was prepared from files that have changed", cure="add --overwrite")
         raise TrainingError(
             f"{out} holds data that was prepared otherwise", cure="add --overwrite, or name another --out"
         )
@@ -279,7 +298,8 @@ class _Work:
                 initializer=_start_worker,
                 initargs=(self.job, str(self.tokenizer.path), self.tokenizer.offset),
             )
-        self._running[self._pool.submit(_work_on, block)] = block.number
+        with _without_main():
+            self._running[self._pool.submit(_work_on, block)] = block.number
         if len(self._running) >= 2 * self.workers:
             yield from self._ready()
 
@@ -313,11 +333,31 @@ class _Job:
         return write_block(self.partial, block, encoded)
 
 
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Keep new workers from running the user's script again, as they would without `if __name__ == "__main__"`.
+
+    A worker imports what it needs from this package; `multiprocessing` looks for the script in these two names.
+    """
+    main = sys.modules["__main__"]
+    kept = {name: getattr(main, name) for name in ("__file__", "__spec__") if hasattr(main, name)}
+    try:
+        for name in kept:
+            setattr(main, name, None)
+        if "__file__" in kept:
+            del main.__file__
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(main, name, value)
+
+
 _here: dict[str, Any] = {}
 """What a worker process holds."""
 
 
 def _start_worker(job: _Job, tokenizer_file: str, offset: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear
     _here["job"] = job
     _here["tokenizer"] = Tokenizer.from_file(tokenizer_file, image_tokens=offset)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
