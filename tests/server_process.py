@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 QUESTION = {"model": "chatglm", "messages": [{"role": "user", "content": "你好"}], "temperature": 0, "max_tokens": 8}
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 def until(condition, what: str, patience_s: float = PATIENCE_S) -> Any:
@@ -48,7 +48,11 @@ class ServerProcess:
         self.url = ""
         self.client = httpx.Client(timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
         if wait:
-            self.wait_until_ready()
+            try:
+                self.wait_until_ready()
+            except BaseException:
+                self.close()  # a server that nobody knows would go on
+                raise
 
     def wait_until_ready(self) -> None:
         def address() -> str | None:

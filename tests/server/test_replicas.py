@@ -36,12 +36,14 @@ def feedback_file(tmp_path):
 def replicated(feedback_file):
     options = ("--replicas", "2", "--kv-memory", "60MB", "--context-cache", "0", "--feedback-db", str(feedback_file))
     server = ServerProcess(*options, wait=False)
-    until(lambda: "listening" in server.log or server.process.poll() is not None, "two replicas", PATIENCE_S)
-    assert server.process.poll() is None, server.log
-    server.wait_until_ready()
-    yield server
-    server.stop()
-    server.close()
+    try:
+        until(lambda: "listening" in server.log or server.process.poll() is not None, "two replicas", PATIENCE_S)
+        assert server.process.poll() is None, server.log
+        server.wait_until_ready()
+        yield server
+        server.stop()
+    finally:
+        server.close()
 
 
 def ask(server: ServerProcess, **fields) -> httpx.Response:
