@@ -42,15 +42,28 @@ def test_tuned_prefix_is_merged_and_answers(tmp_path: Path) -> None:
     assert chat.stdout.strip("\n") or "parameters" in chat.stderr
 
 
+def test_a_prefix_answers_beside_the_base_that_is_named(tmp_path: Path) -> None:
+    tuned, base = checkpoint_of_2023(tmp_path), base_of(tmp_path)
+    short = ("--max-new-tokens", "3", "--temperature", "0", "--seed", "1", "--threads", "1")
+    beside = run("chat", base, "--adapter", tuned, *short, "--json", stdin="你好\n")
+    assert beside.returncode == 0, beside.stderr
+    merged = run("convert", "--ptuning", tuned, "--base", base, "--out", tmp_path / "p1")
+    assert merged.returncode == 0, merged.stderr
+    assert beside.stdout == run("chat", tmp_path / "p1", *short, "--json", stdin="你好\n").stdout
+
+
 def test_adapter_without_a_base_or_without_a_prefix_is_one_error_with_the_command(tmp_path: Path) -> None:
     tuned, base = checkpoint_of_2023(tmp_path), base_of(tmp_path)
     alone = run("chat", "--adapter", tuned)
     assert alone.returncode == 1
+    assert "its base THUDM/chatglm-6b is not here" in alone.stderr
     assert f"chatglm convert --ptuning {tuned} --base MODEL --out DIR" in alone.stderr
     none = run("chat", "--adapter", base)
     assert none.returncode == 1
     assert "holds no tuned prefix" in none.stderr
-    both = run("chat", base, "--adapter", tuned)
+    merged = run("convert", "--ptuning", tuned, "--base", base, "--out", tmp_path / "p1")
+    assert merged.returncode == 0, merged.stderr
+    both = run("chat", base, "--adapter", tmp_path / "p1")
     assert both.returncode == 2
     assert "holds its base model" in both.stderr
 

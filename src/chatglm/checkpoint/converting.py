@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..tokenizer import complete, read_model_file
 from ..tokenizer.model_file import TOKENIZER_FILE
 from .folder import QUANTIZATION_RECORD, TOKENIZER_CONFIG, Checkpoint, open_checkpoint, read_json
 from .layout import EMBEDDING, HEAD
-from .loading import SCALE, untied
+from .loading import SCALE, Transform, untied
 from .problem import FileError
 from .reading import holds_same, read_tensor, torch_dtype
 from .saving import MAX_SHARD_BYTES, Layout, dump, save
@@ -31,18 +34,20 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: Progress | None = None,
+    transform: Transform | None = None,
 ) -> Path:
     """Write the checkpoint `source` anew as `target`; returns the folder.
 
-    to_slim  a pre-slim checkpoint without its image tokens: rows, ids, config and tokenizer files
-    format   "safetensors" (a tied head left out) or "original" (`.bin` shards)
-    dtype    fp32, fp16 or bf16 for the floating tensors; None keeps each as stored. Codes and their scales always stay
+    to_slim    a pre-slim checkpoint without its image tokens: rows, ids, config and tokenizer files
+    format     "safetensors" (a tied head left out) or "original" (`.bin` shards)
+    dtype      fp32, fp16 or bf16 for the floating tensors; None keeps each as stored. Codes and their scales stay
+    transform  changes values on the way; names, shapes and what are codes must stay. Floats are cast afterwards
     Raises CheckpointError when the source is broken, its tied head is not the embedding, or the disk is too small.
     """
     check(source, tokenizer=False)
     checkpoint = open_checkpoint(source)
     saving: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite, "progress": progress}
-    return _write(checkpoint, target, format, dtype, to_slim=to_slim, **saving)
+    return _write(checkpoint, target, format, dtype, to_slim=to_slim, transform=transform, **saving)
 
 
 def convert_ptuning(
@@ -73,6 +78,7 @@ def _write(
     dtype: str | None,
     *,
     to_slim: bool = False,
+    transform: Transform | None = None,
     **saving: Any,
 ) -> Path:
     if dtype is not None and dtype not in DTYPES:
@@ -82,12 +88,20 @@ def _write(
     if Path(target).resolve() == checkpoint.folder.resolve():
         raise CheckpointError(f"{target} is the source itself", cure="give another target")
     files = small_files(checkpoint, to_slim)
+    if transform is not None:
+        files.pop(QUANTIZATION_RECORD, None)  # it tells of other values
     if to_slim:
         checkpoint = checkpoint.slim()
     plan = _plan(checkpoint, layout)
     total = sum(entry.elements * ITEM_BYTES[_dtype_of(entry, dtype)] for entry in plan.values())
-    tensors = ((name, read_tensor(entry).to(torch_dtype(_dtype_of(entry, dtype)))) for name, entry in plan.items())
-    return save(target, tensors, checkpoint.config, files=files, layout=layout, total_bytes=total, **saving)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for stored, entry in plan.items():
+            tensor = read_tensor(entry)
+            for name, made in ((stored, tensor),) if transform is None else transform(stored, tensor):
+                yield name, made.to(torch_dtype(_dtype_of(plan[name], dtype)))
+
+    return save(target, tensors(), checkpoint.config, files=files, layout=layout, total_bytes=total, **saving)
 
 
 def _plan(checkpoint: Checkpoint, layout: Layout) -> dict[str, TensorEntry]:

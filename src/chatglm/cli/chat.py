@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,7 +15,7 @@ from .answering import Answered, answer
 from .conversation import Conversation
 from .language import both, language_of, rounds_in_language_of
 from .model_loading import BackgroundLoad, load
-from .options import CommonOptions, PlacementOptions, SamplingOptions, Source
+from .options import AdapterFolder, CommonOptions, PlacementOptions, SamplingOptions, Source
 from .question_reader import QuestionReader, hint, open_reader
 from .slash_commands import SlashCommands
 from .source_folder import EMBEDDED_MODEL, with_adapter
@@ -29,10 +29,7 @@ if TYPE_CHECKING:
 def chat(
     source: Source = None,
     *,
-    adapter: Annotated[
-        str | None,
-        typer.Option("--adapter", help="A folder that `chatglm convert --ptuning` wrote", metavar="DIR"),
-    ] = None,
+    adapter: AdapterFolder = None,
     placement: PlacementOptions,
     sampling: SamplingOptions,
     common: CommonOptions,
@@ -44,14 +41,14 @@ def chat(
     terminal = common.terminal()
     conversation = Conversation(system=sampling.system, settings=sampling.settings())
     placement.check_devices()
-    source = with_adapter(source, adapter)
-    if source is None and placement.devices == 1:
+    source, adapter = with_adapter(source, adapter)
+    if source is None and adapter is None and placement.devices == 1:
         terminal.say(embedded_greeting(read_config(EMBEDDED_MODEL / "config.json")))
         reader = open_reader(terminal)
         waiting = BackgroundLoad(lambda: load(None, placement, Terminal(False, False, False)))
         name = "ChatGLM mini"
     else:
-        model = load(source, placement, terminal)
+        model = load(source, placement, terminal, adapter)
         name = model.loaded.folder.name
         terminal.say(embedded_greeting(model.config) if source is None else greeting(model, name))
         reader = open_reader(terminal)

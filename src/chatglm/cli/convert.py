@@ -44,8 +44,12 @@ def convert(
     ptuning: Annotated[
         Path | None, typer.Option("--ptuning", help="A P-tuning v2 result (checkpoint-N); needs --base", metavar="DIR")
     ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option("--adapter", help="A LoRA or prefix to merge into its base; needs --base", metavar="DIR"),
+    ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", help="The model that the prefix was tuned on", metavar="MODEL")
+        str | None, typer.Option("--base", help="The model that prefix or adapter was tuned on", metavar="MODEL")
     ] = None,
     random: Annotated[
         str | None,
@@ -82,16 +86,16 @@ def convert(
     revision: Revision = None,
     common: CommonOptions,
 ) -> None:
-    """Write a checkpoint anew: safetensors from .bin, slim from pre-slim, base and tuned prefix as one.
+    """Write a checkpoint anew: safetensors from .bin, slim from pre-slim, base and tuned prefix or LoRA as one.
 
     One tensor is in memory at a time, and DIR appears whole or not at all.
 
     Try next: chatglm verify DIR
     """
-    if sum(what is not None for what in (source, ptuning, random)) != 1:
-        raise typer.BadParameter("name one of MODEL, --ptuning DIR with --base MODEL, or --random SIZE")
-    if (ptuning is None) != (base is None):
-        raise typer.BadParameter("--ptuning and --base belong together")
+    if sum(what is not None for what in (source, ptuning, adapter, random)) != 1:
+        raise typer.BadParameter("name one of MODEL, --ptuning or --adapter DIR with --base MODEL, or --random SIZE")
+    if (ptuning is None and adapter is None) != (base is None):
+        raise typer.BadParameter("--ptuning or --adapter and --base belong together")
     if random is not None and dtype not in (None, "fp16", "int8", "int4"):
         raise typer.BadParameter("--random writes fp16, int8 or int4")
     terminal = common.terminal()
@@ -122,6 +126,13 @@ def convert(
                 overwrite=overwrite,
                 progress=progress,
             )
+        elif adapter is not None:
+            from ..training.adapters.merging import merge_adapter
+
+            folder = source_folder(base, revision)
+            if read_config(folder / "config.json").quantization_bit:
+                terminal.note("the base is quantised: its weights are expanded, added to and quantised again")
+            merge_adapter(adapter, folder, out, format=layout, dtype=dtype, overwrite=overwrite, progress=progress)
         else:
             from ..checkpoint import convert as convert_checkpoint
 

@@ -10,9 +10,10 @@ import typer
 from ..errors import ChatGLMError, PromptTooLongError
 from .answer_writer import answer_record
 from .model_loading import load
-from .options import CommonOptions, PlacementOptions, SamplingOptions, Source
+from .options import AdapterFolder, CommonOptions, PlacementOptions, SamplingOptions, Source
 from .progress import ProgressBar
 from .prompt_files import AnswerFile, Prompt, read_prompts
+from .source_folder import with_adapter
 from .units import plural
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def generate(
         typer.Option("--out", "-o", help="One answer a line; .jsonl: one object a line [stdout]", metavar="FILE"),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Prompts answered together", min=1, metavar="N")] = 8,
+    adapter: AdapterFolder = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where OUT or its part is there")] = False,
     placement: PlacementOptions,
     sampling: SamplingOptions,
@@ -50,13 +52,20 @@ def generate(
     settings = sampling.settings()
     questions = read_prompts(prompts)
     placement.check_devices()
-    run = {"model": source, "dtype": placement.dtype, "system": sampling.system, **settings}
+    source, adapter = with_adapter(source, adapter)
+    run = {
+        "model": source,
+        **({} if adapter is None else {"adapter": adapter}),
+        "dtype": placement.dtype,
+        "system": sampling.system,
+        **settings,
+    }
     failures = 0
     with AnswerFile(out, questions, run, as_json=common.json, overwrite=overwrite) as answers:
         if answers.is_resumed:
             terminal.note(f"resumed: {answers.num_done} of {plural(len(questions), 'prompt')} are answered")
         if answers.num_done < len(questions):
-            model = load(source, placement, terminal)
+            model = load(source, placement, terminal, adapter)
             with closing(model), ProgressBar(terminal, unit="prompts") as progress:
                 while answers.num_done < len(questions):
                     batch = questions[answers.num_done : answers.num_done + batch_size]

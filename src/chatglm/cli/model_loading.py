@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from ..chat import ChatModel
 
 
-def load(source: str | None, placement: PlacementOptions, terminal: Terminal) -> ChatModel:
-    """Load with a progress bar. Raises a ChatGLMError, for a damaged checkpoint before PyTorch is even imported."""
+def load(source: str | None, placement: PlacementOptions, terminal: Terminal, adapter: str | None = None) -> ChatModel:
+    """Load with a progress bar, with an adapter where one is given.
+
+    Raises a ChatGLMError, for a damaged checkpoint before PyTorch is even imported.
+    """
     with ProgressBar(terminal) as progress:
         folder = None
         if source is not None:
@@ -35,6 +38,7 @@ def load(source: str | None, placement: PlacementOptions, terminal: Terminal) ->
             placement.device,
             threads=placement.threads,
             devices=placement.devices,
+            adapter=adapter,
             progress=progress,
         )
 

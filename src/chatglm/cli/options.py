@@ -45,6 +45,12 @@ Revision = Annotated[
 ]
 
 
+AdapterFolder = Annotated[
+    str | None,
+    _option("--adapter", metavar="DIR", help="A LoRA or P-tuning folder over MODEL, or its own base", panel="Model"),
+]
+
+
 @dataclass(frozen=True)
 class PlacementOptions:
     """Where and in which form the model runs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from ..errors import CheckpointError
+from ..errors import ChatGLMError, CheckpointError
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "mini"
 
@@ -25,21 +25,39 @@ def source_folder(source: str | None, revision: str | None = None) -> Path:
     return hub.resolve(source, revision=revision)
 
 
-def with_adapter(source: str | None, adapter: str | None) -> str | None:
-    """The model to load when `--adapter` names a folder that `chatglm convert --ptuning` wrote: base and prefix as one.
+def with_adapter(source: str | None, adapter: str | None) -> tuple[str | None, str | None]:
+    """(model, adapter) to load for `MODEL --adapter DIR`: a LoRA, a tuned prefix, or base and prefix as one.
 
-    Raises a usage error for a model beside it, and CheckpointError for a folder without a prefix, or with nothing else.
+    Without MODEL the adapter's folder names its base. Raises a usage error where DIR is a whole model beside MODEL,
+    and CheckpointError for a folder without an adapter, or whose base is not here.
     """
     if adapter is None:
-        return source
+        return source, None
+    from ..checkpoint import open_checkpoint
+    from ..checkpoint.adapter import LoraAdapter, is_adapter, open_adapter
+
+    if is_adapter(adapter) or not (Path(adapter) / "config.json").is_file():
+        opened = open_adapter(adapter)
+        return source or _base_of(adapter, opened.base, is_lora=isinstance(opened, LoraAdapter)), adapter
+    if open_checkpoint(adapter).config.pre_seq_len is None:
+        raise CheckpointError(f"{adapter} holds no tuned prefix", cure=f"`chatglm chat {adapter}` loads it as a model")
     if source is not None:
         raise typer.BadParameter(f"{adapter} holds its base model; leave {source} out", param_hint="--adapter")
-    from ..checkpoint import open_checkpoint
+    return adapter, None
 
-    checkpoint = open_checkpoint(adapter)
-    if checkpoint.is_prefix_only:
-        cure = f"merge it: `chatglm convert --ptuning {adapter} --base MODEL --out DIR`"
-        raise CheckpointError(f"{adapter} holds a tuned prefix alone, without its base model", cure=cure)
-    if checkpoint.config.pre_seq_len is None:
-        raise CheckpointError(f"{adapter} holds no tuned prefix", cure=f"`chatglm chat {adapter}` loads it as a model")
-    return adapter
+
+def _base_of(adapter: str, base: str | None, *, is_lora: bool) -> str | None:
+    """The model that an adapter's folder names, or None for the embedded one. Raises CheckpointError."""
+    if base == "embedded":
+        return None
+    from ..checkpoint import hub
+
+    merge = f"`chatglm convert --{'adapter' if is_lora else 'ptuning'} {adapter} --base MODEL --out DIR`"
+    cure = f"`chatglm chat MODEL --adapter {adapter}`; or merge it: {merge}"
+    if base is None:
+        raise CheckpointError(f"{adapter} holds an adapter alone, and does not name its base model", cure=cure)
+    try:
+        hub.resolve(base)
+    except ChatGLMError as error:
+        raise CheckpointError(f"{adapter} holds an adapter alone; its base {base} is not here", cure=cure) from error
+    return base

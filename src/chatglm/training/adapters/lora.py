@@ -121,4 +121,3 @@ def _fill(model: GLM, settings: LoraSettings) -> None:
             raise TrainingError(f"`method.start`: {linear} is {list(value.shape)}, here {list(parameter.shape)}")
         with torch.no_grad():
             parameter.copy_(value)
-
