@@ -225,6 +225,8 @@ def test_a_bad_line_stops_the_run_with_file_and_line(tmp_path: Path, kind: str) 
     found = prepared(tmp_path, file, allowance=Allowance.parse([f"{kind}=1"]))
     assert found.index["problems"]["counts"] == {kind: 1}
     assert found.dialogue.documents == 3 + (kind == "contradiction")
+    with pytest.raises(TrainingError, match=rf"\[{kind}\]"):
+        prepared(tmp_path, file)  # the set is there, and has more problems than this command allows
 
 
 def test_allowances_are_numbers_or_shares_of_the_records(tmp_path: Path) -> None:
@@ -261,6 +263,8 @@ def test_the_same_command_again_does_nothing_and_another_needs_overwrite(tmp_pat
     assert prepared(tmp_path, file).folder.stat().st_mtime_ns == before
     with pytest.raises(TrainingError, match="from files that have changed"):
         prepared(tmp_path, write_jsonl(file, {"text": "other"}))
+    with pytest.raises(TrainingError, match="`<end>` is no piece"):
+        prepared(tmp_path, file, end_of_text="<end>")
     with pytest.raises(TrainingError, match="prepared otherwise"):
         prepared(tmp_path, file, layout=Layout(length=32))
     preparation = Preparation((str(file),), TOKENIZER, Layout(length=32))
@@ -451,3 +455,17 @@ def test_a_full_disk_is_one_message_and_loses_no_block(tmp_path: Path, monkeypat
     found = prepared(tmp_path, file, block_bytes=4000)
     assert found.index["blocks_kept_from_before"] == 2
     assert found.text.documents == 40
+
+
+def test_two_runs_never_write_one_set(tmp_path: Path) -> None:
+    file = dialogues(tmp_path / "a.jsonl")
+    said: list[str] = []
+
+    def progress(done: int, total: int, what: str) -> None:
+        if not said:
+            with pytest.raises(TrainingError, match="is being prepared by another process") as error:
+                prepared(tmp_path, file, layout=Layout(length=32))
+            said.append(str(error.value))
+
+    prepare(Preparation((str(file),), TOKENIZER), tmp_path / "set", workers=1, progress=progress)
+    assert said and not (tmp_path / "set.partial").exists()

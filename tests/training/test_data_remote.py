@@ -142,6 +142,8 @@ def test_files_are_streamed_through_datasets_and_mixed_with_a_prepared_set(tmp_p
         path, [Ingredient(f"{words}&tokenizer={TOKENIZER}", weight=0.5), Ingredient(str(prepared.folder), weight=0.5)]
     )
     assert read_mixture(path)[0].set.startswith("datasets:json?")
+    with pytest.raises(TrainingError, match="a streamed corpus is of unknown size"):
+        open_stream([f"{words}&tokenizer={TOKENIZER}", prepared.folder], length=64, seed=0)
     found = open_stream(path, length=64, seed=0)
     assert isinstance(found, MixedStream) and isinstance(found.streams[0], RemoteStream)
     assert found.streams[0].lanes == 2

@@ -231,7 +231,7 @@ def test_weights_that_are_no_shares_are_refused(prepared: PreparedSet) -> None:
     with pytest.raises(TrainingError, match="are no shares"):
         MixedStream([Counted(1)], [0.0], seed=0)
     folder = str(prepared.folder)
-    with pytest.raises(TrainingError, match="some sets of the mixture have a weight and some have none"):
+    with pytest.raises(TrainingError, match="a set of the mixture has no weight"):
         open_stream([Ingredient(folder, "text", 0.5), Ingredient(folder, "dialogue")], length=64, seed=0)
 
 

@@ -25,7 +25,7 @@ from .instructions import InstructionPieces
 from .layout import sentence_ends
 from .mixing import MixedStream
 from .prepared import INDEX_FILE, PARTS, PreparedSet
-from .remote import PREFIX, open_remote, remote_tokenizer
+from .remote import ENDLESS, PREFIX, open_remote, remote_tokenizer
 from .streams import AnswerPieces, PackedStream, Stream, TextPieces, TextStream
 
 MIXTURE_FORMAT = "chatglm-mixture"
@@ -210,11 +210,14 @@ def _remote(
 
 
 def _filled(weights: Sequence[float | None], streams: Sequence[Stream]) -> list[float]:
-    """Weights where all are given; rows where none is. Raises TrainingError for a mixture of both."""
-    if all(weight is None for weight in weights):
+    """Weights where all are given; rows where none is and all are known. Raises TrainingError otherwise."""
+    if all(weight is None for weight in weights) and not any(s.rows_per_epoch >= ENDLESS for s in streams):
         return [float(stream.rows_per_epoch) for stream in streams]
     if any(weight is None for weight in weights):
-        raise TrainingError("some sets of the mixture have a weight and some have none", cure="give each one a weight")
+        raise TrainingError(
+            "a set of the mixture has no weight, where others have one or a streamed corpus is of unknown size",
+            cure="give each one a weight",
+        )
     return [float(weight) for weight in weights if weight is not None]
 
 

@@ -33,7 +33,7 @@ from .inputs import Form, expand, open_inputs, total_bytes
 from .layout import Layout, sentence_ends
 from .merging import SHARD_TOKENS, find_repetitions, read_table, write_set
 from .prepared import FORMAT, INDEX_FILE, VERSION, PreparedSet
-from .problems import Allowance, Findings
+from .problems import Allowance, Findings, Problem
 
 Progress = Callable[[int, int, str], None]
 END_OF_TEXT = "</s>"
@@ -99,15 +99,19 @@ def _prepare(
     preparation: Preparation, out: Path, workers: int, overwrite: bool, progress: Progress | None
 ) -> PreparedSet:
     tokenizer = open_tokenizer(preparation.tokenizer)
+    if tokenizer.piece_to_id(preparation.end_of_text) == tokenizer.unk_id:
+        raise TrainingError(
+            f"`{preparation.end_of_text}` is no piece of {tokenizer.path}", cure="use `</s>` or `<eop>`"
+        )
     identity = _identity(preparation, tokenizer)
     partial = out.with_name(f"{out.name}.partial")
     files = [_file_facts(file) for file in expand(preparation.inputs)]
     done = _finished(out, identity, files, overwrite)
     if done is not None:
-        shutil.rmtree(partial, ignore_errors=True)
+        _findings_of(done).raise_if_stopping(preparation.allowance, sum(map(len, (done.text, done.dialogue))))
         return done
-    _begin(partial, identity)
     with _locked(partial, out):
+        _begin(partial, identity)
         began = time.monotonic()
         blocks, findings, kept = _encode_all(preparation, tokenizer, partial, workers, progress)
         sources: dict[str, int] = {}
@@ -133,11 +137,20 @@ def _prepare(
         write_set(merged, blocks, table, keep, sources, about, shard_tokens=preparation.shard_tokens, progress=progress)
         np.save(merged / "sentence_ends.npy", sentence_ends(tokenizer))
         shutil.copyfile(tokenizer.path, merged / TOKENIZER_FILE)
-        if out.exists():
-            shutil.rmtree(out)
+        if out.exists():  # renamed, not removed: half a set must never stand there
+            os.replace(out, partial / "replaced")
         os.replace(merged, out)
-    shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     return PreparedSet.open(out)
+
+
+def _findings_of(prepared: PreparedSet) -> Findings:
+    """What was passed over when a set was made."""
+    found = Findings()
+    problems = prepared.index["problems"]
+    found.shown = [Problem(**problem) for problem in problems["first"]]
+    found.counts.update(problems["counts"])
+    return found
 
 
 def _identity(preparation: Preparation, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -200,12 +213,13 @@ def _finished(out: Path, identity: dict[str, Any], files: list[dict[str, Any]], 
 
 
 def _begin(partial: Path, identity: dict[str, Any]) -> None:
-    """Make the working folder, emptied of blocks of another preparation."""
+    """Empty the working folder of blocks of another preparation."""
     made_of = partial / "made_of.json"
     wanted = json.dumps(identity, sort_keys=True)
-    if partial.exists() and not (made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted):
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True, exist_ok=True)
+    if not (made_of.is_file() and made_of.read_text(encoding="utf-8") == wanted):
+        for block in partial.glob("block-*"):
+            block.unlink()
+    shutil.rmtree(partial / "replaced", ignore_errors=True)
     written = partial / "made_of.tmp"
     written.write_text(wanted, encoding="utf-8")
     os.replace(written, made_of)
@@ -213,6 +227,7 @@ def _begin(partial: Path, identity: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(partial: Path, out: Path) -> Iterator[None]:
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
     except ImportError:  # Windows: nothing keeps two runs apart there
