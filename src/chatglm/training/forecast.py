@@ -95,7 +95,8 @@ def forecast(
     device = torch.device(choose_device(run.compute.device))
     precision = precision_of(run.compute, device)
     learns = config.num_parameters if trained is None else trained
-    share = processes if run.parallel.strategy != "ddp" else run.parallel.tensor
+    is_sharded = run.parallel.strategy == "fsdp" or (run.parallel.strategy == "auto" and trained is None)
+    share = processes if is_sharded else run.parallel.tensor
     per_token = flops_per_token(config, run.batch.length) * (4 / 3 if run.compute.checkpointing else 1.0)
     tokens = run.batch.rows * run.batch.length
     speed = peak_flops(device) or (_cpu_speed() if device.type == "cpu" else None)

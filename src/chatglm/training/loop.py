@@ -23,7 +23,7 @@ from .gathering import Collected, Reader, Timer, share_of
 from .loss import LossSum
 from .metrics import MetricsLog, Say, flops_per_token, line_of, peak_flops
 from .optimizer import GradientNorms, gradient_norms, make_optimizer, scale_gradients, trained
-from .preparing import precision_of, prepare
+from .preparing import DTYPES, precision_of, prepare
 from .run_config import RunConfig
 from .schedules import learning_rate_factor, on_lines, rows_at, steps_for
 from .settings import as_mapping, as_yaml
@@ -106,7 +106,7 @@ class Trainer:
         model = _in_fp32(task.model).to(self.device)
         share_matrices(model, world)
         self.hook = prepare(model, run.compute, self.device)
-        self.module = over_processes(Forward(model, task.loss), world)
+        self.module = over_processes(Forward(model, task.loss), world, DTYPES[self.precision])
         self.model = model
         self.optimizer = make_optimizer(model, run.optimizer)
         self.parameters = trained(model)
@@ -116,6 +116,7 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run.out, world, keep=save.keep, keep_every=save.keep_every, background=save.background
         )
+        self.saved_at: int | None = None
         self.metrics: MetricsLog | None = None
         self.reader = Reader()
 
@@ -214,6 +215,7 @@ class Trainer:
         """A checkpoint of this moment."""
         tensors = tensors_of(self.model, self.optimizer)
         self.checkpoints.save(self.place, tensors, as_mapping(self.run), self.task.on_checkpoint)
+        self.saved_at = self.place.step
 
     # inside a step
 
@@ -336,7 +338,8 @@ class Trainer:
         """The last checkpoint, the last evaluation, the model."""
         place = self.place
         self.checkpoints.wait()
-        self.save()
+        if self.saved_at != place.step:
+            self.save()
         self.checkpoints.wait()
         if is_done and not report.evaluation:
             report.evaluation = self.evaluate()
@@ -356,6 +359,7 @@ class Trainer:
     def _take_up(self, path: Path, manifest: Mapping[str, Any]) -> None:
         self.checkpoints.load(path, tensors_of(self.model, self.optimizer))
         self.place = Place.from_mapping(manifest["place"])
+        self.saved_at = self.place.step
         self.checkpoints.remove_after(self.place.step)
         if self.task.on_resume is not None:
             self.task.on_resume(path)

@@ -34,6 +34,7 @@ class World:
 
     data_rank, data_size      which share of the rows it reads
     tensor_size               processes that share each matrix
+    strategy                  ddp, fsdp, or auto (see over_processes)
     mesh                      DeviceMesh of names ("data", "tensor"), or None alone
     files                     group of processes for checkpoints in the background (Gloo), or None alone
     """
@@ -120,7 +121,7 @@ def _world(parallel: ParallelSettings, device: torch.device) -> World:
     size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     data_size = size // parallel.tensor
     mesh = init_device_mesh(device.type, (data_size, parallel.tensor), mesh_dim_names=("data", "tensor"))
-    strategy = "fsdp" if parallel.strategy == "auto" else parallel.strategy
+    strategy = parallel.strategy
     if strategy == "ddp" and parallel.tensor > 1 and data_size > 1:
         raise TrainingError("`parallel.strategy` ddp has no tensor parallel form", cure="parallel.strategy: fsdp")
     files = torch.distributed.new_group(backend="gloo")
@@ -186,20 +187,29 @@ def _check_tensor_parallel(glm: GLM, size: int) -> None:
         )
 
 
-def over_processes(module: Forward, world: World) -> nn.Module:
-    """Data parallel: the module to call instead; its backward also sums gradients over processes (`divided_by`)."""
+def over_processes(module: Forward, world: World, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Data parallel: the module to call instead; its backward also sums gradients over processes (`divided_by`).
+
+    dtype  of activations: FSDP gathers the layers' weights in it
+    With `auto`, a model of which a part is frozen is kept whole (DDP): FSDP wants one dtype in each layer, and an
+    adapter's gradients are small.
+    """
     if world.data_size == 1:
         return module
-    if world.strategy == "ddp":
+    is_frozen = any(not parameter.requires_grad for parameter in module.parameters())
+    if world.strategy == "ddp" or (world.strategy == "auto" and is_frozen):
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(module, process_group=world.mesh.get_group("data"))
-    from torch.distributed.fsdp import fully_shard
+        return DistributedDataParallel(module, process_group=world.mesh.get_group("data"), broadcast_buffers=False)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = world.mesh["data"]
+    policy = MixedPrecisionPolicy()
+    if dtype != torch.float32:  # inputs are not cast: rotary tables stay fp32
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for glm in glms(module):
         for layer in glm.transformer.layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh)
     return module
 
