@@ -39,16 +39,29 @@ class PageClient:
     def start(self, name: str, kind: str = "click", data: Any = None) -> dict[str, Any]:
         """Join the queue; the event."""
         event = self.event(name, kind)
+        self._join(event, data)
+        return event
+
+    def _join(self, event: dict[str, Any], data: Any = None) -> None:
         body = {
             "data": [self.values.get(self.names[number] or "") for number in event["inputs"]],
             "event_data": data,
             "fn_index": event["id"],
-            "trigger_id": event["targets"][0][0],
+            "trigger_id": event["targets"][0][0] if event["targets"] else None,
             "session_hash": self.session,
         }
         response = self.client.post("/gradio_api/queue/join", json=body)
         assert response.status_code == 200, response.text
-        return event
+
+    def begin(self, question: str) -> None:
+        """Put a question; its answer begins and is not waited for."""
+        self.values["question"] = question
+        event = self.event("send", "click")
+        self._join(event)
+        for message in self.follow():
+            if message["msg"] == "process_completed":
+                self._take(event, message["output"]["data"])
+        self.start("regenerate")  # what follows a question is what regenerates an answer
 
     def follow(self) -> Iterator[dict[str, Any]]:
         """Messages of this session until its events are complete."""
@@ -61,8 +74,11 @@ class PageClient:
                     yield message
 
     def press(self, name: str, kind: str = "click", data: Any = None) -> list[dict[str, Any]]:
-        """An event from its start to its end; `values` are as the browser would have them after it."""
-        event = self.start(name, kind, data)
+        """An event and those that follow it; `values` are as the browser would have them after it."""
+        return self._run(self.event(name, kind), data)
+
+    def _run(self, event: dict[str, Any], data: Any = None) -> list[dict[str, Any]]:
+        self._join(event, data)
         messages = list(self.follow())
         last: list[Any] = []
         for message in messages:
@@ -72,7 +88,19 @@ class PageClient:
                 is_diff = message["msg"] == "process_generating" and last
                 last = [apply(old, new) for old, new in zip(last, given, strict=True)] if is_diff else given or last
                 self._take(event, last)
+        for following in self._after(event["id"]):
+            if following["outputs"] and "talk" in [self.names.get(number) for number in following["outputs"]]:
+                messages += self._run(following)
         return messages
+
+    def _after(self, number: int) -> Iterator[dict[str, Any]]:
+        """Server events that follow an event, past those that only the browser runs."""
+        for dependency in self.config["dependencies"]:
+            if dependency["trigger_after"] == number:
+                if dependency["backend_fn"]:
+                    yield dependency
+                else:
+                    yield from self._after(dependency["id"])
 
     def _take(self, event: dict[str, Any], given: list[Any]) -> None:
         for number, value in zip(event["outputs"], given, strict=False):

@@ -60,7 +60,6 @@ CLOSED = [
     "/gradio_api/deep_link",
     "/gradio_api/token",
     "/gradio_api/user",
-    "/gradio_api/app_id",
     "/gradio_api/call/ask",
     "/gradio_api/run/predict",
     "/gradio_api/openapi.json",
@@ -222,8 +221,8 @@ def test_a_question_that_cannot_be_answered_is_told_in_the_readers_language(page
 
 def test_a_page_that_is_closed_is_not_computed_for(web):
     leaver = PageClient(web, session="leaver")
-    leaver.values |= {"max-tokens": 900, "question": "写一个很长很长的故事", "temperature": 2, "top-p": 1}
-    leaver.start("send")
+    leaver.values |= {"max-tokens": 900, "temperature": 2, "top-p": 1}
+    leaver.begin("写一个很长很长的故事")
     for message in leaver.follow():
         if message["msg"] == "process_generating":
             break  # leaving the loop closes the stream
@@ -233,8 +232,8 @@ def test_a_page_that_is_closed_is_not_computed_for(web):
 
 def test_stop_keeps_what_was_said(web):
     page, presser = PageClient(web, session="stopper"), PageClient(web, session="stopper")
-    page.values |= {"max-tokens": 900, "question": "写一个很长很长的故事", "temperature": 2, "top-p": 1}
-    page.start("send")
+    page.values |= {"max-tokens": 900, "temperature": 2, "top-p": 1}
+    page.begin("写一个很长很长的故事")
     seen = 0
     for message in page.follow():
         seen += message["msg"] == "process_generating"
@@ -294,6 +293,15 @@ def test_a_conversation_that_no_page_wrote_is_refused_in_words(page):
     assert not done["success"] and "cannot be read" in done["output"]["error"]
 
 
+def test_a_server_with_open_pages_drains_at_once(start):
+    server = start("--web")
+    page = PageClient(server)
+    with page.client.stream("GET", "/gradio_api/heartbeat/abc123") as stream:
+        assert next(stream.iter_lines()) == "data: ALIVE"
+        assert server.stop() == 0
+    page.close()
+
+
 def test_with_keys_the_page_asks_for_one_and_keeps_it_in_a_cookie(start):
     server = start("--web", "--api-key", f"ann:{KEY}", "--web-path", "/talk")
     asked = server.client.get("/talk/", headers={"accept-language": "zh-CN,zh"})
@@ -313,6 +321,7 @@ def test_with_keys_the_page_asks_for_one_and_keeps_it_in_a_cookie(start):
     assert page.ask("hello")
     page.close()
     until(lambda: "key=ann" in server.log, "the key's name in the log")
+    assert "page_answer" in server.log and "prompt=" not in server.log
     assert KEY not in server.log
     assert server.client.get("/v1/models", headers={"cookie": value}).status_code == 401  # the page's only
     number, until_when, mark = value.split("=", 1)[1].split(".")

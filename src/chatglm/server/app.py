@@ -55,7 +55,7 @@ def build_app(backend: Backend, log: RequestLog) -> Border:
         from .page.mounting import mount_page  # gradio is another extra
 
         access = PageAccess(backend.settings.api_keys, backend.settings.web_path)
-        return Border(mount_page(app, backend, access), backend, log, access)
+        return Border(mount_page(app, backend, access, log), backend, log, access)
     return Border(app, backend, log)
 
 

@@ -13,6 +13,10 @@ from typing import Any, TextIO
 logger = logging.getLogger("chatglm.server")
 
 
+PAGE_FILES = ("/assets/", "/static/", "/svelte/", "/gradio_api/", "/theme.css", "/config")
+"""Routes of the chat page; its answers have lines of their own."""
+
+
 class RequestLog:
     """Writes lines to stderr, as text or as JSON."""
 
@@ -24,8 +28,8 @@ class RequestLog:
         self, request_id: str, method: str, route: str, status: int, seconds: float, fields: dict[str, Any]
     ) -> None:
         """A request has ended."""
-        if route in ("/health", "/ready", "/metrics") and status == 200:
-            return  # probes would drown the rest
+        if status == 200 and (route in ("/health", "/ready", "/metrics") or route.startswith(PAGE_FILES)):
+            return  # probes and a page's files would drown the rest
         record = {"request_id": request_id, "method": method, "route": route, "status": status}
         self.event("request", **record, ms=round(seconds * 1000), **fields)
 

@@ -58,7 +58,11 @@ async def answer(
     """
     given = {name: value for name, value in settings.items() if value is not None}
     body = check_body(ChatBody, {"model": backend.model_name, "messages": messages, **given})
-    backend.rates.admit(owner.bucket)
+    try:
+        backend.rates.admit(owner.bucket)
+    except APIError:
+        backend.metrics.count(backend.metrics.rate_limited)
+        raise
     answer_tokens = body.answer_tokens or default_max_new_tokens(backend.context)
     check_limits(body, backend, answer_tokens)
     fitted = await fit_conversation(backend, read_messages(body.messages), answer_tokens, may_drop=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import gradio as gr
 
 from ..api_errors import APIError
 from ..backend import Backend, Owner
+from ..logs import RequestLog
 from .answering import LiveAnswers, answer, no_owner
 from .layout import SAMPLING, Parts
 from .rendering import messages, status_line, thumbs
@@ -22,8 +24,8 @@ Shown = dict[Any, Any]
 class Events:
     """The page's behaviour over a backend."""
 
-    def __init__(self, backend: Backend, parts: Parts, live: LiveAnswers) -> None:
-        self._backend, self._parts, self._live = backend, parts, live
+    def __init__(self, backend: Backend, parts: Parts, live: LiveAnswers, log: RequestLog) -> None:
+        self._backend, self._parts, self._live, self._log = backend, parts, live, log
 
     # Showing
 
@@ -64,57 +66,47 @@ class Events:
 
     # Asking
 
-    async def ask(
-        self, request: gr.Request, text: str, question: str, system: str, language: str, *sampling: Any
-    ) -> AsyncIterator[Shown]:
-        """A new question at the end."""
+    async def begin(self, text: str, question: str, system: str, language: str) -> Shown:
+        """A new question at the end. The browser saves it before it is answered."""
         talk = given_talk(text)
         if not question.strip():
-            yield {self._parts.status: word("needs_question", language)}
-            return
+            raise gr.Error(word("needs_question", language), print_exception=False)
         talk.system = system or ""
         talk.add_question(question)
-        async for shown in self._answer(talk, language, sampling, request, {self._parts.question: ""}):
-            yield shown
+        return {**self._waiting(talk, language), self._parts.question: ""}
 
-    async def regenerate(
-        self, request: gr.Request, text: str, system: str, language: str, *sampling: Any
-    ) -> AsyncIterator[Shown]:
-        """Another variant of the last answer."""
-        talk = given_talk(text)
-        if not talk.rounds:
-            return
-        talk.system = system or ""
-        async for shown in self._answer(talk, language, sampling, request, {}):
-            yield shown
-
-    async def edit(
-        self, event: gr.EditData, request: gr.Request, text: str, system: str, language: str, *sampling: Any
-    ) -> AsyncIterator[Shown]:
+    async def fork(self, event: gr.EditData, text: str, system: str, language: str) -> Shown:
         """A question is changed: a new conversation goes on from there, the old one stays as it was."""
         talk = given_talk(text)
         number = message_number(event.index) // 2
         if not 0 <= number < len(talk.rounds):
-            return
+            raise gr.Error(word("needs_question", language), print_exception=False)
         forked = talk.fork(number, str(event.value))
         forked.system = system or ""
-        async for shown in self._answer(forked, language, sampling, request, {}):
-            yield shown
+        return self._waiting(forked, language)
 
-    async def _answer(
-        self, talk: Talk, language: str, sampling: tuple[Any, ...], request: gr.Request, first: Shown
-    ) -> AsyncIterator[Shown]:
-        parts, round = self._parts, talk.rounds[-1]
-        asked = talk.messages_of(len(talk.rounds) - 1, talk.system)
-        before = list(round.variants)
-        round.variants = []
-        waiting = messages(talk, language, is_waiting=True)
-        yield {
-            parts.chat: gr.update(value=waiting),
+    def _waiting(self, talk: Talk, language: str) -> Shown:
+        """The conversation with its last answer still to come."""
+        parts = self._parts
+        return {
+            **self.show(talk, language),
+            parts.chat: gr.update(value=messages(talk, language, is_waiting=True)),
             parts.status: word("waiting", language),
             **self._busy(True),
-            **first,
         }
+
+    async def answer(
+        self, request: gr.Request, text: str, system: str, language: str, *sampling: Any
+    ) -> AsyncIterator[Shown]:
+        """Another variant of the last answer; the first one, if there is none yet."""
+        parts, talk = self._parts, given_talk(text)
+        if not talk.rounds:
+            return
+        talk.system = system or ""
+        round, asked = talk.rounds[-1], talk.messages_of(len(talk.rounds) - 1, talk.system)
+        before, round.variants = list(round.variants), []
+        waiting = messages(talk, language, is_waiting=True)
+        yield {parts.chat: gr.update(value=waiting), parts.status: word("waiting", language), **self._busy(True)}
         variant = Variant(model=self._backend.model_name, system=talk.system)
         try:
             settings = {name: whole(value) for name, value in zip(SAMPLING, sampling, strict=True)}
@@ -128,9 +120,28 @@ class Events:
                 }
         except APIError as error:
             variant.error = error.code if error_text(error.code, "", language) else error.message
+        finally:
+            self._note(variant, request, round.question)
         round.variants = [*before, variant]
         round.chosen = len(before)
         yield self.show(talk, language)
+
+    def _note(self, variant: Variant, request: gr.Request, question: str) -> None:
+        """One line an answer, as the API's requests have; texts only where the operator asked for them."""
+        owner = getattr(request.request.state, "owner", None) if request.request is not None else None
+        key = {"key": owner.key_name} if owner is not None and owner.key_name else {}
+        texts = {"prompt": question, "answer": variant.text} if self._backend.settings.log_prompts else {}
+        self._log.event(
+            "page_answer",
+            request_id=variant.request_id,
+            model=variant.model,
+            prompt_tokens=variant.prompt_tokens,
+            completion_tokens=variant.completion_tokens,
+            finish=variant.error or variant.finish or "cancelled",
+            ms=variant.latency_ms,
+            **key,
+            **texts,
+        )
 
     async def stop(self, request: gr.Request) -> None:
         """End this page's answers; what they have so far stays."""
@@ -184,5 +195,8 @@ def message_number(index: Any) -> int:
 
 
 def whole(value: Any) -> Any:
-    """Sliders give 3.0 where a field wants 3."""
+    """Sliders give 3.0 where a field wants 3; the seed is a text, empty for none."""
+    if isinstance(value, str):
+        text = value.strip()
+        return int(text) if re.fullmatch(r"-?\d{1,19}", text, re.ASCII) else text or None
     return int(value) if isinstance(value, float) and value.is_integer() else value

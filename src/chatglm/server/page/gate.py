@@ -18,7 +18,7 @@ from .words import word
 
 PAGES = frozenset({"", "/"})
 READ = re.compile(
-    r"/(config|theme\.css|manifest\.json|favicon\.ico|gradio_api/(info|startup-events|theme\.css|queue/data)"
+    r"/(config|theme\.css|manifest\.json|favicon\.ico|gradio_api/(app_id|info|startup-events|theme\.css|queue/data)"
     r"|gradio_api/heartbeat/[A-Za-z0-9]{1,64}"
     r"|(assets|static|svelte)/[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){0,6})/?\Z",
     re.ASCII,

@@ -97,7 +97,7 @@ def default_of(field: str) -> float:
 
 def defaults(context: int) -> dict[str, Any]:
     """Values of the sampling components, by name."""
-    special = {"max_tokens": default_max_new_tokens(context), "seed": None}
+    special = {"max_tokens": default_max_new_tokens(context), "seed": ""}
     return {name: special[name] if name in special else default_of(name) for name in SAMPLING}
 
 
@@ -139,7 +139,9 @@ def lay_out(t: Any, context: int, *, with_feedback: bool) -> Parts:
                 label=t("repetition_penalty"),
                 elem_id="repetition-penalty",
             )
-            found["seed"] = gr.Number(None, label=t("seed"), precision=0, elem_id="seed")
+            found["seed"] = gr.Textbox(
+                "", label=t("seed"), max_lines=1, max_length=20, elem_id="seed"
+            )  # an empty number field would send 0
             found["reset"] = gr.Button(t("reset"), size="sm", elem_id="reset")
         found["language"] = gr.Radio([("English", "en"), ("中文", "zh")], label=t("language"), elem_id="language")
         found["dark"] = gr.Button(t("dark"), size="sm", elem_id="dark")
@@ -182,6 +184,7 @@ def lay_out(t: Any, context: int, *, with_feedback: bool) -> Parts:
             found["send"] = gr.Button(t("send"), variant="primary", scale=1, min_width=72, elem_id="send")
             found["stop"] = gr.Button(t("stop"), variant="stop", scale=1, min_width=72, visible=False, elem_id="stop")
         with gr.Accordion(t("feedback"), open=False, visible=with_feedback, elem_id="feedback") as found["feedback"]:
+            found["consent"] = gr.Checkbox(False, label=t("consent"), elem_id="consent")
             found["feedback_place"] = gr.Markdown("", elem_id="feedback-place")
             with gr.Row():
                 found["thumb"] = gr.Radio(thumb_choices("en"), label=t("thumb"), elem_id="thumb", min_width=120)
@@ -191,7 +194,6 @@ def lay_out(t: Any, context: int, *, with_feedback: bool) -> Parts:
                 label=t("correction"), placeholder=t("correction_hint"), lines=3, max_lines=12, elem_id="correction"
             )
             found["comment"] = gr.Textbox(label=t("comment"), lines=1, max_lines=4, elem_id="comment")
-            found["consent"] = gr.Checkbox(False, label=t("consent"), elem_id="consent")
             with gr.Row():
                 found["save_feedback"] = gr.Button(
                     t("save_feedback"), variant="primary", size="sm", elem_id="save-feedback"

@@ -8,13 +8,14 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from ..backend import Backend
+from ..logs import RequestLog
 from .access import PageAccess
 from .gate import Gate
 
 ASSETS = Path(__file__).parent
 
 
-def mount_page(app: FastAPI, backend: Backend, access: PageAccess) -> Gate:
+def mount_page(app: FastAPI, backend: Backend, access: PageAccess, log: RequestLog) -> Gate:
     """The application with the page at `settings.web_path`, behind its gate."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
@@ -31,7 +32,7 @@ def mount_page(app: FastAPI, backend: Backend, access: PageAccess) -> Gate:
     i18n = gr.I18n(**translations())
     with gr.Blocks(title="ChatGLM", analytics_enabled=False, fill_height=True) as blocks:
         parts = lay_out(lambda key: i18n(PREFIX + key), backend.context, with_feedback=backend.feedback is not None)
-        events = Events(backend, parts, live)
+        events = Events(backend, parts, live, log)
         wire(blocks, parts, events, Ratings(backend, parts, events), backend.context)
     blocks.queue(max_size=None, default_concurrency_limit=None, api_open=False)
     script = (ASSETS / "page.js").read_text(encoding="utf-8")

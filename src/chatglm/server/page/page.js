@@ -15,8 +15,8 @@
     zh: "浏览器存储空间已满，此对话未能保存。请删除或导出较早的对话。",
   };
   const LOST = {
-    en: "The server cannot be reached. What you see is saved; try again in a moment.",
-    zh: "无法连接服务器。已显示的内容不会丢失，请稍后再试。",
+    en: "The server cannot be reached. The conversation is saved and comes back with the server.",
+    zh: "无法连接服务器。对话已保存，服务器恢复后会自动显示。",
   };
 
   const get = (key) => {
@@ -224,7 +224,7 @@
     );
   }
 
-  // A server that is gone is said in words; Gradio alone would leave a spinner.
+  // A server that is gone is said in words of the reader. Gradio looks for it and loads the page again when it is back.
   const nativeFetch = window.fetch.bind(window);
   let failures = 0;
   window.fetch = async (...request) => {

@@ -65,15 +65,24 @@ def wire(blocks: gr.Blocks, parts: Parts, events: Events, ratings: Ratings, cont
 
     # Questions and answers
 
-    ask = gr.on(
-        [p.send.click, p.question.submit], events.ask, [p.talk, p.question, *common], [*view, p.question], **ANY_NUMBER
+    def answered(event: Any) -> Any:
+        return event(events.answer, [p.talk, *common], view, **ANY_NUMBER)
+
+    asked = gr.on(
+        [p.send.click, p.question.submit],
+        events.begin,
+        [p.talk, p.question, p.system, p.language],
+        [*view, p.question],
+        **ANY_NUMBER,
     )
-    again = gr.on([p.regenerate.click, p.chat.retry], events.regenerate, [p.talk, *common], view, **ANY_NUMBER)
-    edited = p.chat.edit(events.edit, [p.talk, *common], view, **ANY_NUMBER)
+    forked = p.chat.edit(events.fork, [p.talk, p.system, p.language], view, **ANY_NUMBER)
+    keep = "(talk) => chatglmPage.save(talk)"
+    new = [answered(in_browser(event.success, keep, [p.talk], [p.talks]).then) for event in (asked, forked)]
+    again = [answered(event) for event in (p.regenerate.click, p.chat.retry)]
     undone = p.undo.click(events.undo, [p.talk, p.language], [*view, p.question], **ANY_NUMBER)
     before = p.previous.click(events.previous, [p.talk, p.language], view, **ANY_NUMBER)
     after = p.next.click(events.next, [p.talk, p.language], view, **ANY_NUMBER)
-    for event in (ask, again, edited, undone, before, after):
+    for event in (*new, *again, undone, before, after):
         saved(event)
     p.stop.click(events.stop, None, None, **ANY_NUMBER)
 

@@ -1,0 +1,424 @@
+"""The page as people use it, in Chromium."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from browser.conftest import photograph, ready
+from feedback_events import rows
+from server_process import ServerProcess, until
+
+QUESTION = "#question textarea"
+LONG = {"max_tokens": "900", "temperature": "2"}
+
+
+def setting(page: Any, name: str, value: str) -> None:
+    """A slider's or a text field's value; the panel is opened if it is not."""
+    field = page.locator(f"#{name} input[type=number], #{name} textarea").first
+    if not field.is_visible():
+        page.locator("#settings > button").click()
+    field.fill(value)
+    field.blur()
+
+
+def settled(page: Any) -> None:
+    """Whatever was asked has been answered, and the browser has saved it."""
+    page.locator("#send").wait_for(state="visible")
+    page.wait_for_function("() => !document.querySelector('#stop')")
+
+
+def ask(page: Any, question: str, answers: int | None = None) -> str:
+    """Type, press Enter, wait; the answer."""
+    before = page.locator("#chat .message.bot").count()
+    page.fill(QUESTION, question)
+    page.press(QUESTION, "Enter")
+    page.wait_for_function(f"() => document.querySelectorAll('#chat .message.bot').length > {before}")
+    settled(page)
+    return page.locator("#chat .message.bot").last.inner_text()
+
+
+def saved(page: Any) -> list[dict[str, Any]]:
+    """The conversations in the browser's storage, newest first."""
+    text = page.evaluate(
+        "() => JSON.stringify(Object.keys(localStorage).filter(k => k.startsWith('chatglm.talk.'))"
+        ".map(k => JSON.parse(localStorage.getItem(k))))"
+    )
+    return sorted(json.loads(text), key=lambda talk: -talk["used_at"])
+
+
+def saved_when(page: Any, condition: Any, what: str) -> list[dict[str, Any]]:
+    return until(lambda: condition(saved(page)) and saved(page), what)
+
+
+@pytest.fixture
+def page(web: ServerProcess, browse: Any) -> Any:
+    opened = browse(web)
+    setting(opened, "max-tokens", "24")
+    setting(opened, "temperature", "0")
+    return opened
+
+
+def test_an_answer_is_streamed_with_its_speed_and_share_of_the_context(page):
+    answer = ask(page, "你好")
+    assert answer
+    assert re.search(r"[\d.]+ tokens/s · \d+ tokens · \d+ of 1024 tokens", page.inner_text("#status"))
+    assert "may be wrong" in page.inner_text("#warning")
+    photograph(page, "english")
+
+
+def test_a_conversation_outlives_a_reload_and_a_new_one_is_beside_it(page, web):
+    first = ask(page, "hello")
+    saved_when(page, lambda talks: len(talks) == 1, "the first conversation")
+    page.reload()
+    ready(page)
+    page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
+    assert page.locator("#chat .message.bot").inner_text() == first
+    page.click("#new")
+    page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 0")
+    ask(page, "another")
+    assert [t["title"] for t in saved_when(page, lambda talks: len(talks) == 2, "two")] == ["another", "hello"]
+    page.get_by_role("radio", name="hello").check(force=True)
+    page.wait_for_function("() => document.querySelector('#chat').innerText.includes('hello')")
+    assert page.locator("#chat .message.bot").inner_text() == first
+
+
+def test_renaming_and_deleting_a_conversation(page):
+    ask(page, "hello")
+    saved_when(page, bool, "the conversation")
+    page.locator("#manage > button").click()
+    page.fill("#name textarea, #name input", "stop")  # a word that Gradio could take for a text of its own
+    page.click("#rename")
+    saved_when(page, lambda talks: talks[0]["title"] == "stop", "the name")
+    assert page.locator("#talks label").inner_text() == "stop"
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#delete")
+    until(lambda: saved(page) == [], "the conversation to be gone")
+    page.wait_for_function("() => document.querySelectorAll('#chat .message').length === 0")
+
+
+def test_stop_ends_the_answer_and_keeps_what_is_there(page, web):
+    setting(page, "max-tokens", "900")
+    setting(page, "temperature", "2")
+    setting(page, "top-p", "1")
+    page.fill(QUESTION, "写一个很长很长的故事")
+    page.click("#send")
+    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status').innerText)")
+    assert not page.locator("#send").is_visible()
+    page.click("#stop")
+    settled(page)
+    (talk,) = saved_when(page, bool, "the conversation")
+    (variant,) = talk["rounds"][0]["variants"]
+    assert variant["finish"] in ("cancelled", "stop") and variant["completion_tokens"] < 900
+    until(web.is_idle, "the engine to be idle")
+
+
+def test_leaving_the_page_ends_the_answer(page, web):
+    setting(page, "max-tokens", "900")
+    setting(page, "temperature", "2")
+    page.fill(QUESTION, "写一个很长很长的故事")
+    page.press(QUESTION, "Enter")
+    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status').innerText)")
+    page.goto("about:blank")
+    until(web.is_idle, "the engine to be idle")
+
+
+def test_regenerate_keeps_variants_to_step_through(page):
+    setting(page, "temperature", "2")
+    setting(page, "top-p", "1")
+    first = ask(page, "hello")
+    page.click("#regenerate")
+    page.wait_for_function("() => document.querySelector('#place')?.innerText.trim() === '2 / 2'")
+    settled(page)
+    second = page.locator("#chat .message.bot").inner_text()
+    assert first != second
+    page.click("#previous")
+    page.wait_for_function("() => document.querySelector('#place').innerText.trim() === '1 / 2'")
+    assert page.locator("#chat .message.bot").inner_text() == first
+    page.click("#next")
+    page.wait_for_function("() => document.querySelector('#place').innerText.trim() === '2 / 2'")
+    assert page.locator("#chat .message.bot").inner_text() == second
+    photograph(page, "variants")
+
+
+def test_a_seed_repeats_an_answer(page):
+    setting(page, "temperature", "2")
+    page.locator("#seed input, #seed textarea").fill("7")
+    first = ask(page, "hello")
+    page.click("#regenerate")
+    page.wait_for_function("() => document.querySelector('#place')?.innerText.trim() === '2 / 2'")
+    settled(page)
+    assert page.locator("#chat .message.bot").inner_text() == first
+
+
+def test_editing_a_question_forks_and_the_old_conversation_stays(page):
+    ask(page, "one")
+    ask(page, "two")
+    page.locator("#chat .user-row").last.hover()
+    page.get_by_role("button", name="Edit").last.click()
+    page.locator("#chat textarea").fill("three")
+    page.get_by_role("button", name="Submit").click()
+    page.wait_for_function("() => document.querySelector('#chat').innerText.includes('three')")
+    settled(page)
+    talks = saved_when(page, lambda talks: len(talks) == 2, "the fork")
+    assert [[r["question"] for r in talk["rounds"]] for talk in talks] == [["one", "three"], ["one", "two"]]
+    assert talks[0]["title"] == "one (2)"
+
+
+def test_undo_puts_the_question_back_into_the_box(page):
+    ask(page, "take me back")
+    page.click("#undo")
+    page.wait_for_function(f"() => document.querySelector('{QUESTION}').value === 'take me back'")
+    assert page.locator("#chat .message").count() == 0
+    assert page.locator("#undo").is_disabled()
+
+
+def test_shift_enter_starts_a_line_and_enter_sends(page):
+    page.fill(QUESTION, "a")
+    page.press(QUESTION, "Shift+Enter")
+    page.type(QUESTION, "b")
+    assert page.input_value(QUESTION) == "a\nb"
+    assert page.locator("#chat .message").count() == 0
+    page.press(QUESTION, "Enter")
+    page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
+    settled(page)
+
+
+def test_the_enter_of_an_input_method_chooses_a_word_and_sends_nothing(page):
+    page.focus(QUESTION)
+    devtools = page.context.new_cdp_session(page)
+    devtools.send("Input.imeSetComposition", {"text": "ni'hao", "selectionStart": 6, "selectionEnd": 6})
+    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 229}
+    devtools.send("Input.dispatchKeyEvent", {"type": "rawKeyDown", **enter})
+    devtools.send("Input.dispatchKeyEvent", {"type": "keyUp", **enter})
+    page.evaluate(  # what Safari sends: composition has ended, the key code tells
+        "() => { for (const kind of ['keydown', 'keypress', 'keyup']) document.querySelector('#question textarea')"
+        ".dispatchEvent(new KeyboardEvent(kind, {key: 'Enter', keyCode: 229, bubbles: true, cancelable: true})); }"
+    )
+    devtools.send("Input.insertText", {"text": "你好"})
+    page.wait_for_function(f"() => document.querySelector('{QUESTION}').value === '你好'")
+    assert page.locator("#chat .message").count() == 0
+    page.press(QUESTION, "Enter")  # and now the real one
+    page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
+    settled(page)
+
+
+def shown_as(page: Any, text: str) -> Any:
+    """A saved conversation whose answer is this text, as the page shows it."""
+    identity = "01900000-0000-7000-8000-000000000001"
+    variant = {"id": identity, "text": text, "finish": "stop", "completion_tokens": 3, "prompt_tokens": 3}
+    talk = {"id": identity, "title": "t", "rounds": [{"question": text, "variants": [variant], "chosen": 0}]}
+    page.evaluate(
+        "([id, talk]) => { localStorage.setItem('chatglm.talk.' + id, talk);"
+        " localStorage.setItem('chatglm.current', id) }",
+        [identity, json.dumps(talk)],
+    )
+    page.reload()
+    ready(page)
+    page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
+    return page.locator("#chat .message.bot")
+
+
+def test_markdown_code_tables_and_formulas_are_set(page):
+    text = (
+        "**bold**\n\n```python\nprint('<b>')\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n"
+        "$a<b$ and $$\\sum_{i=1}^n i$$\n\nline one\nline two"
+    )
+    answer = shown_as(page, text)
+    answer.locator(".katex").first.wait_for()
+    assert answer.locator("strong").inner_text() == "bold"
+    assert "print('<b>')" in answer.locator("pre code").inner_text()
+    assert answer.locator("td").count() == 2
+    assert answer.locator(".katex").count() == 2
+    assert "a<b" in answer.locator(".katex annotation").first.text_content()
+    photograph(page, "markdown")
+
+
+def test_html_in_texts_is_shown_as_text_and_fetches_and_runs_nothing(page):
+    text = (
+        "<script>window.hacked=1</script> <img src=x onerror='window.hacked=1'> <b>not bold</b> "
+        "<iframe src='https://evil.example/'></iframe> ![p](https://evil.example/p.png) "
+        "[link](javascript:window.hacked=1) &lt;i&gt; <https://evil.example/auto>"
+    )
+    answer = shown_as(page, text)
+    assert "<b>not bold</b>" in answer.inner_text() and "&lt;i&gt;" in answer.inner_text()
+    for tag in ("script", "img", "iframe", "b"):
+        assert answer.locator(tag).count() == 0, tag
+    for address in answer.locator("a").evaluate_all("links => links.map(link => link.getAttribute('href'))"):
+        assert not (address or "").startswith("javascript")
+    assert page.evaluate("() => window.hacked") is None
+
+
+@pytest.mark.parametrize(("locale", "send", "switched"), [("zh-CN", "发送", "Send"), ("de-DE", "Send", "发送")])
+def test_the_language_is_the_browsers_and_can_be_switched(web, browse, locale, send, switched):
+    page = browse(web, locale=locale)
+    page.wait_for_function(f"() => document.querySelector('#send').innerText.trim() === '{send}'")
+    other = "en" if send == "发送" else "zh"
+    page.locator(f"#language input[value={other}]").check()
+    page.wait_for_function(f"() => document.querySelector('#send').innerText.trim() === '{switched}'")
+    page.reload()
+    page.wait_for_function(f"() => document.querySelector('#send')?.innerText.trim() === '{switched}'")
+    assert page.evaluate("() => document.documentElement.lang") == other
+
+
+def test_dark_mode_is_the_systems_and_can_be_switched(web, browse):
+    page = browse(web, color_scheme="dark", locale="zh-CN")
+    is_dark = "() => document.body.classList.contains('dark')"
+    assert page.evaluate(is_dark)
+    photograph(page, "chinese-dark")
+    page.click("#dark")
+    page.wait_for_function("() => !document.body.classList.contains('dark')")
+    page.reload()
+    ready(page)
+    assert not page.evaluate(is_dark)
+
+
+@pytest.mark.parametrize("locale", ["zh-CN", "en-US"])
+def test_on_a_phone_everything_is_in_reach_and_nothing_scrolls_sideways(web, browse, locale):
+    page = browse(web, viewport={"width": 360, "height": 740}, locale=locale, has_touch=True, is_mobile=True)
+    setting_open = page.locator("#side").evaluate("side => side.classList.contains('open')")
+    assert not setting_open
+    page.fill(QUESTION, "你好，请介绍一下你自己")
+    page.locator("#send").tap()
+    page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
+    settled(page)
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+    for name in ("#question", "#send", "#regenerate", "#warning"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 740, name
+    photograph(page, f"phone-{locale}")
+    page.locator("#side .toggle-button").tap()
+    page.wait_for_function("() => document.querySelector('#side').classList.contains('open')")
+    page.locator("#settings > button").tap()
+    page.locator("#temperature").wait_for(state="visible")
+    photograph(page, f"phone-settings-{locale}")
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
+
+
+def test_a_rating_needs_consent_once_and_can_be_changed_and_deleted(page, db):
+    ask(page, "rate this")
+    page.get_by_role("button", name="Like", exact=True).last.click()
+    page.wait_for_function("() => document.querySelector('#feedback-status').innerText.includes('consent')")
+    assert rows(db, "SELECT * FROM feedback") == []
+    photograph(page, "consent")
+    page.locator("#consent input").check()
+    page.locator("#rating input").nth(3).check()
+    page.fill("#correction textarea", "a better answer")
+    page.locator("#tags input").first.check()
+    page.click("#save-feedback")
+    page.wait_for_function("() => document.querySelector('#feedback-status').innerText.includes('Saved')")
+    query = "SELECT thumb, rating, correction, tags_json FROM feedback"
+    assert rows(db, query) == [(1, 4, "a better answer", '["wrong"]')]
+    photograph(page, "feedback")
+    (rater,) = rows(db, "SELECT rater FROM feedback")
+    assert re.fullmatch(r"browser-[0-9a-f]{32}", rater[0])
+    page.get_by_role("button", name="Dislike", exact=True).last.click()
+    until(lambda: rows(db, query) == [(-1, 4, "a better answer", '["wrong"]')], "the other thumb, without asking again")
+    page.reload()
+    ready(page)
+    page.locator("#feedback > button").click()
+    page.wait_for_function("() => document.querySelector('#correction textarea').value === 'a better answer'")
+    page.click("#delete-feedback")
+    until(lambda: rows(db, query) == [], "the rating to be gone")
+    until(lambda: saved(page)[0]["rounds"][0]["variants"][0]["opinion"] is None, "the browser's copy to be gone")
+
+
+def test_the_conversation_is_exported_as_markdown_and_json(page, tmp_path):
+    answer = ask(page, "export me")
+    page.locator("#manage > button").click()
+    found = {}
+    for form in ("markdown", "json"):
+        with page.expect_download() as download:
+            page.click(f"#export-{form}")
+        target = tmp_path / download.value.suggested_filename
+        download.value.save_as(target)
+        found[form] = target
+    assert found["markdown"].name == "export-me.md"
+    text = found["markdown"].read_text(encoding="utf-8")
+    assert text.startswith("# export me\n\n## Question\n\nexport me\n\n## Answer\n\n") and answer in text
+    talk = json.loads(found["json"].read_text(encoding="utf-8"))
+    assert talk["rounds"][0]["question"] == "export me" and talk["rounds"][0]["variants"][0]["sampling"]
+
+
+def test_the_system_instruction_goes_with_the_question_and_defaults_come_back(page):
+    page.locator("#system textarea").fill("Be brief.")
+    ask(page, "hello")
+    (talk,) = saved_when(page, bool, "the conversation")
+    assert talk["system"] == "Be brief." and talk["rounds"][0]["variants"][0]["system"] == "Be brief."
+    page.click("#reset")
+    page.wait_for_function("() => document.querySelector('#temperature input[type=number]').value === '0.95'")
+    assert page.input_value("#max-tokens input[type=number]") == "256"
+
+
+def test_a_full_storage_is_told_and_the_page_goes_on(page):
+    page.evaluate(
+        "() => { Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError') } }"
+    )
+    assert ask(page, "hello")
+    page.wait_for_function("() => document.querySelector('#page-note')?.innerText.includes('full')")
+
+
+def test_keyboard_reaches_everything_and_controls_have_names(page):
+    ask(page, "hello")
+    unnamed = page.evaluate(
+        "() => [...document.querySelectorAll('button, textarea, input')].filter(e => e.offsetParent"
+        " && !(e.innerText || e.getAttribute('aria-label') || e.title))"
+        ".filter(e => !(e.labels && [...e.labels].some(label => label.innerText)))"
+        ".map(e => e.outerHTML.slice(0, 120))"
+    )
+    assert unnamed == []
+    page.focus(QUESTION)
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.id") == "send"
+
+
+def test_a_server_that_is_gone_is_told_in_words(browse, start_web):
+    server = start_web()
+    page = browse(server)
+    server.process.kill()
+    server.process.wait()
+    page.fill(QUESTION, "is anybody there?")
+    page.press(QUESTION, "Enter")
+    page.wait_for_function("() => document.querySelector('#page-note')?.innerText.includes('cannot be reached')")
+    photograph(page, "lost")
+
+
+def test_a_server_that_dies_in_an_answer_loses_no_question_and_the_page_comes_back_with_it(browse, start_web):
+    server = start_web()
+    page = browse(server)
+    setting(page, "max-tokens", "900")
+    setting(page, "temperature", "2")
+    page.fill(QUESTION, "写一个很长很长的故事")
+    page.press(QUESTION, "Enter")
+    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status').innerText)")
+    server.process.kill()
+    server.process.wait()
+    page.wait_for_function("() => document.querySelector('#page-note')?.innerText.includes('cannot be reached')")
+    photograph(page, "died")
+    start_web("--port", str(server.port))
+    page.wait_for_function("() => document.querySelector('#chat')?.innerText.includes('no answer')")
+    ready(page)
+    setting(page, "max-tokens", "4")
+    page.click("#regenerate")
+    (talk,) = saved_when(page, lambda talks: talks[0]["rounds"][0]["variants"], "the answer")
+    assert talk["rounds"][0]["question"] == "写一个很长很长的故事"
+
+
+def test_with_a_key_the_page_asks_once(browse, start_web):
+    server = start_web("--api-key", "ann:correct-horse-1")
+    page = browse(server, wait=False, locale="zh-CN")
+    photograph(page, "key")
+    page.fill("#key", "wrong-key-1")
+    page.get_by_role("button").click()
+    page.wait_for_function("() => document.querySelector('#told').innerText === '密钥不正确。'")
+    page.fill("#key", "correct-horse-1")
+    page.get_by_role("button").click()
+    ready(page)
+    setting(page, "max-tokens", "2")
+    assert ask(page, "hello") is not None
+    page.reload()
+    ready(page)  # it is not asked again
+    assert page.evaluate("() => document.cookie") == ""  # scripts cannot read it
