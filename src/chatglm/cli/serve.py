@@ -31,6 +31,10 @@ def serve(
     served_model_name: Annotated[
         str, typer.Option("--served-model-name", help="What requests call it", envvar="CHATGLM_SERVED_MODEL_NAME")
     ] = "chatglm",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", help="A LoRA or prefix, asked for as MODEL:NAME (repeatable)", metavar="NAME=DIR"),
+    ] = None,
     legacy_api: Annotated[
         bool, typer.Option("--legacy-api", help="Also the original's POST /", envvar="CHATGLM_LEGACY_API")
     ] = False,
@@ -59,10 +63,14 @@ def serve(
         need_extra("web", ("gradio",), "`chatglm serve --web`")
     if placement.devices > 1:
         raise typer.BadParameter("serve runs on one device; start one server for each", param_hint="--devices")
+    from ..checkpoint.adapter import open_adapter
+    from ..server.settings import read_adapters
+
     try:
         settings = listen.settings(
             limits,
             served_model_name=served_model_name,
+            adapters=read_adapters(adapter or []),
             legacy_api=legacy_api,
             web=web,
             web_path=web_path,
@@ -73,6 +81,8 @@ def serve(
         )
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
+    for folder in settings.adapters.values():
+        open_adapter(folder)  # what is wrong with it is told before anything heavy is imported or read
     if replicas.replicas is not None:
         need_extra("ray", ("ray",), "`chatglm serve --replicas`")
         status = run_replicas(settings, replicas, source, placement)

@@ -9,7 +9,7 @@ A first pass that runs out of memory is tried once more, alone and with all kept
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -45,9 +45,13 @@ class ServingEngine(StreamKeeper):
         limits: EngineLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
         change_logits: Callable[[Tensor, list[Stream]], Tensor] | None = None,
+        adapters: Mapping[str, Runner] | None = None,
     ) -> None:
-        """change_logits: a fault to be injected into every pass."""
+        """change_logits: a fault to be injected into every pass; adapters: runners over the same cache, by name."""
         super().__init__(runner, sampler, limits or EngineLimits(), clock, change_logits)
+        self.runners: dict[str | None, Runner] = {None: runner}
+        for name, beside in (adapters or {}).items():
+            self.runners[name] = beside
         self.prefill_budget = self.limits.prefill_budget or DEFAULT_BUDGET
         self._keeps_copies = self.limits.preempt == "swap" or self.limits.deterministic
         self._was_prefill = False
@@ -55,11 +59,14 @@ class ServingEngine(StreamKeeper):
     # From outside
 
     def check(self, group: Group) -> None:
-        """Raise RequestError when the whole pool could not hold this request."""
+        """Raise RequestError when the whole pool could not hold this request, or its adapter is not here."""
+        if group.adapter not in self.runners:
+            raise RequestError(f"there is no adapter {group.adapter!r}")
+        front = group.front = self.runners[group.adapter].prefix_length
         first, n = group.streams[0], len(group.streams)
         most = max(
-            blocks_for(group.num_prompt_tokens) + n,
-            n * blocks_for(group.num_prompt_tokens + first.max_new),
+            blocks_for(front + group.num_prompt_tokens) + n,
+            n * blocks_for(front + group.num_prompt_tokens + first.max_new),
         )
         if most > self.pool.num_blocks:
             raise RequestError(
@@ -70,6 +77,7 @@ class ServingEngine(StreamKeeper):
 
     def submit(self, group: Group) -> None:
         """Queue a request that `check` let pass."""
+        group.front = self.runners[group.adapter].prefix_length
         self.groups[group.id] = group
         self._owners |= dict.fromkeys(group.streams, group)
         self.waiting.push(group)
@@ -81,8 +89,8 @@ class ServingEngine(StreamKeeper):
             self._end_group(group, "cancelled", code)
 
     def begin_pass(self, streams: list[Stream]) -> Prefill:
-        """A first pass, which `advance` runs slice by slice."""
-        return begin_prefill(self.runner, list(streams))
+        """A first pass of one adapter's streams, which `advance` runs slice by slice."""
+        return begin_prefill(self.runners[self._owners[streams[0]].adapter], list(streams))
 
     # A step
 
@@ -134,9 +142,9 @@ class ServingEngine(StreamKeeper):
         if swapped is not None:
             wanted = [swapped.num_blocks]
         elif group.is_fresh:
-            wanted = [0 if context else blocks_for(group.num_prompt_tokens)]
+            wanted = [0 if context else blocks_for(group.front + group.num_prompt_tokens)]
         else:
-            wanted = [blocks_for(stream.num_tokens) for stream in live]
+            wanted = [blocks_for(group.front + stream.num_tokens) for stream in live]
         if not group.is_fresh:  # never more than it can come to need, which `check` has found to fit
             spares = min(spares, group.most_blocks - sum(wanted))
         blocks = self._take_blocks(sum(wanted) + spares)
@@ -164,12 +172,13 @@ class ServingEngine(StreamKeeper):
         return True
 
     def _join_pending(self, group: Group, streams: list[Stream], now: float) -> None:
-        """Short contexts that wait together run as one pass, if that still is a single slice."""
+        """Short contexts of one adapter that wait together run as one pass, if that still is a single slice."""
         tokens = sum(stream.num_tokens for stream in streams)
         layers = self.runner.model.config.num_layers
         runs_alone = self.limits.deterministic or group.retried
         for held in [] if runs_alone else self.pending:
             is_open = held.prefill is None and not any(other.retried for other in held.groups)
+            is_open &= held.groups[0].adapter == group.adapter
             if is_open and held.work_left(layers) + tokens * layers <= self.prefill_budget:
                 held.streams.extend(streams)
                 held.groups.append(group)
@@ -234,7 +243,7 @@ class ServingEngine(StreamKeeper):
         for row, stream in enumerate(held.streams):
             group = self._owners[stream]
             if group.is_fresh:
-                context = Context(stream.blocks, group.num_prompt_tokens, logits[row].clone(), now)
+                context = Context(stream.blocks, group.front + group.num_prompt_tokens, logits[row].clone(), now)
                 if self.contexts.is_on:
                     self.contexts.put(group, context)
                 else:
@@ -270,8 +279,10 @@ class ServingEngine(StreamKeeper):
     # Decode steps
 
     def _decode(self) -> None:
-        """One token for the streams whose turn it is."""
-        turn = sorted(self.running, key=lambda stream: stream.turn)[: self.limits.decode_rows]
+        """One token for the streams whose turn it is; those of one adapter, which has waited longest."""
+        turn = sorted(self.running, key=lambda stream: stream.turn)
+        adapter = self._owners[turn[0]].adapter
+        turn = [stream for stream in turn if self._owners[stream].adapter == adapter][: self.limits.decode_rows]
         batch: list[Stream] = []
         for stream in turn:
             if stream in self._owners and self._owners[stream].state == "running" and self._grow(stream):
@@ -282,7 +293,7 @@ class ServingEngine(StreamKeeper):
         for stream in batch:
             stream.turn = self.counters.steps
         self.counters.iteration_tokens.observe(len(batch))
-        self._take(self.runner.decode(list(batch)), batch)
+        self._take(self.runners[adapter].decode(list(batch)), batch)
 
     def _grow(self, stream: Stream) -> bool:
         """A slot for the next token. False when the stream itself had to be preempted for want of one."""

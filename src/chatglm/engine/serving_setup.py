@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ..checkpoint.adapter import Adapter
 from ..errors import DeviceError
+from ..model import GLM
+from .adapters import with_adapter
 from .cpu_runner import cache_dtype
 from .graph_runner import make_runner
 from .kv_cache import BLOCK_SIZE, KVCache
@@ -21,6 +25,8 @@ from .serving_sampler import ServingSampler
 from .serving_state import EngineLimits
 from .stream import Stream
 from .warm_up import WarmUp, tell, warm_up
+
+logger = logging.getLogger(__name__)
 
 CPU_SHARE, CPU_MOST_BYTES, GPU_SHARE = 0.25, 8 << 30, 0.9
 
@@ -36,13 +42,15 @@ def cache_block_bytes(loaded: LoadedModel) -> int:
     return 2 * BLOCK_SIZE * config.num_layers * config.num_heads * config.head_dim * _cache_dtype(loaded).itemsize
 
 
-def choose_cache_blocks(loaded: LoadedModel, kv_memory: int | None, max_running: int) -> int:
+def choose_cache_blocks(loaded: LoadedModel, kv_memory: int | None, max_running: int, prefix: int | None = None) -> int:
     """Cache blocks within `kv_memory` bytes, or within what is free; never more than `max_running` full sequences.
 
+    prefix  tokens of the longest tuned prefix [the model's]
     Raises DeviceError when not even one full-length sequence fits.
     """
     config, device = loaded.config, loaded.model.device
-    longest = -(-(config.max_sequence_length + (config.pre_seq_len or 0)) // BLOCK_SIZE) + 1
+    front = (config.pre_seq_len or 0) if prefix is None else prefix
+    longest = -(-(config.max_sequence_length + front) // BLOCK_SIZE) + 1
     size = cache_block_bytes(loaded)
     if kv_memory is None:
         free = free_memory(device)
@@ -91,8 +99,12 @@ class EngineBuilder:
         limits: EngineLimits,
         kv_memory: int | None = None,
         change_logits: Callable[[Tensor, list[Stream]], Tensor] | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
-        """Raises DeviceError when not even one full-length sequence fits into the cache."""
+        """adapters: beside the base, by name.
+
+        Raises DeviceError when not even one full-length sequence fits into the cache.
+        """
         tokenizer, config, device = loaded.tokenizer, loaded.config, loaded.model.device
         rows = torch.tensor([tokenizer.has_no_piece(row) for row in range(config.vocab_size)], device=device)
         self._loaded = loaded
@@ -101,7 +113,9 @@ class EngineBuilder:
         self._change_logits = change_logits
         most = CPU_DECODE_ROWS if device.type == "cpu" else limits.decode_rows
         self.limits = replace(limits, decode_rows=min(limits.decode_rows, limits.max_running, most))
-        self._blocks = choose_cache_blocks(loaded, kv_memory, limits.max_running)
+        self._twins = {name: with_adapter(loaded.model, adapter) for name, adapter in (adapters or {}).items()}
+        prefix = max(model.config.pre_seq_len or 0 for model in (loaded.model, *self._twins.values()))
+        self._blocks = choose_cache_blocks(loaded, kv_memory, limits.max_running, prefix)
         self._cache: KVCache | None = None
         self.warm: WarmUp | None = None
 
@@ -120,8 +134,18 @@ class EngineBuilder:
         if self.warm is None:
             self.warm = warm_up(runner, self.limits.decode_rows, self.limits.max_running)
             tell(self.warm, runner, deterministic=self.limits.deterministic)
+            if self._twins and not isinstance(runner, RowRunner):
+                logger.info("adapters run in plain PyTorch; the base keeps its %s", type(runner).__name__)
             self.limits = replace(self.limits, prefill_budget=self._budget(self.warm))
-        return ServingEngine(runner, self._sampler, self.limits, change_logits=self._change_logits)
+        adapters = {name: self._beside(runner, twin) for name, twin in self._twins.items()}
+        return ServingEngine(runner, self._sampler, self.limits, change_logits=self._change_logits, adapters=adapters)
+
+    def _beside(self, base: Runner, twin: GLM) -> Runner:
+        """The runner of an adapter: rows apart where the base's are, else plain."""
+        is_apart = isinstance(base, RowRunner) and twin.config.pre_seq_len is None
+        runner = RowRunner(twin, base.cache) if is_apart else Runner(twin, base.cache)
+        runner.least_rows, runner.least_length = base.least_rows, base.least_length
+        return runner
 
     def _budget(self, warm: WarmUp) -> int:
         """As asked, as measured, or as many tokens as a pass that cannot be paused should hold."""

@@ -107,7 +107,8 @@ class Group:
     """A request in the engine: choices over one context. Times are of the monotonic clock, in seconds.
 
     key      whose request it is; queues are fair between keys
-    adapter  room for `model: base:adapter`
+    adapter  of `model: base:adapter`, or None
+    front    cache slots that a tuned prefix takes before the context
     swapped  while preempted: its blocks in host memory
     retried  its first pass ran out of memory once
     """
@@ -117,6 +118,7 @@ class Group:
     streams: list[Stream]
     arrived: float
     adapter: str | None = None
+    front: int = 0
     state: GroupState = "waiting"
     admitted: float | None = None
     first_token: float | None = None
@@ -143,7 +145,7 @@ class Group:
     @property
     def most_blocks(self) -> int:
         """Blocks of the choices that are left, each at its full length and none shared."""
-        return sum(blocks_for(stream.num_prompt_tokens + stream.max_new) for stream in self.live)
+        return sum(blocks_for(self.front + stream.num_prompt_tokens + stream.max_new) for stream in self.live)
 
     @property
     def is_fresh(self) -> bool:
@@ -164,6 +166,7 @@ def make_group(
     seed: int | None = None,
     shared: Choices | None = None,
     matchers: list[Matcher] | None = None,
+    adapter: str | None = None,
 ) -> Group:
     """A group from ids that end in `<sop>`. Without a seed one is drawn; choice i uses (seed, i).
 
@@ -188,4 +191,4 @@ def make_group(
             tokenizer, params.stop, normalize=shared.normalize, keep_first_blank=stream.matcher is not None
         )
         streams.append(stream)
-    return Group(identity, key, streams, arrived)
+    return Group(identity, key, streams, arrived, adapter)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from .. import __version__
+from ..engine.adapters import open_adapters
 from ..engine.loading import LoadedModel
 from ..engine.sampling import SamplingParams
 from ..engine.serving import ServingEngine
@@ -62,7 +63,8 @@ class Backend:
             deterministic=settings.deterministic,
             pool_blocks=self.faults.pool_blocks,
         )
-        build = EngineBuilder(loaded, limits, settings.kv_memory, self.faults.change_logits)
+        self.adapters = open_adapters(settings.adapters, loaded.config)
+        build = EngineBuilder(loaded, limits, settings.kv_memory, self.faults.change_logits, self.adapters)
         self.thread = EngineThread(self.faults.wrap(build), self._deliver, self._fail, max_waiting=settings.max_waiting)
         self.grammars = Grammars(self.tokenizer, loaded.config.vocab_size)
         memory = {"weights_bytes": _weights_bytes(loaded)}
@@ -117,12 +119,19 @@ class Backend:
         """Requests whose handlers have not finished."""
         return len(self._exchanges)
 
-    def check_model(self, name: str) -> None:
-        """Raises APIError 404 for a model that is not served."""
-        if name != self.model_name:
+    @property
+    def model_ids(self) -> dict[str, str | None]:
+        """What requests may name, and the adapter that each means."""
+        return {self.model_name: None, **{f"{self.model_name}:{name}": name for name in self.adapters}}
+
+    def check_model(self, name: str) -> str | None:
+        """The adapter that a model's name means, None for the base. Raises APIError 404 for one that is not served."""
+        served = self.model_ids
+        if name not in served:
             raise APIError(
-                404, "model_not_found", f"model {name[:64]!r} is not served; served: {self.model_name}", param="model"
+                404, "model_not_found", f"model {name[:64]!r} is not served; served: {', '.join(served)}", param="model"
             )
+        return served[name]
 
     # Requests
 
@@ -137,6 +146,7 @@ class Backend:
         seed: int | None,
         shared: Choices,
         matchers: list[Matcher] | None = None,
+        adapter: str | None = None,
     ) -> Exchange:
         """Hand a request to the engine. Raises APIError when it cannot be taken."""
         group = make_group(
@@ -151,6 +161,7 @@ class Backend:
             seed=seed,
             shared=shared,
             matchers=matchers,
+            adapter=adapter,
         )
         reason = self.unready_reason()
         if reason is not None:

@@ -39,6 +39,7 @@ class ServerSettings:
     trusted_proxies  addresses whose X-Forwarded-For is believed
     prefill_budget   tokens times layers of one slice of a first pass; None is measured at the start
     deterministic    every step has one shape, so that answers do not depend on who else asks
+    adapters         name → folder: served as `model: NAME:ADAPTER` beside the base
     log_prompts      prompts and answers go into the log
     feedback_db      SQLite file for what people say about answers; made where there is none
     web_path         where the chat page is, if `web`
@@ -69,6 +70,7 @@ class ServerSettings:
     log_json: bool = False
     log_prompts: bool = False
     served_model_name: str = "chatglm"
+    adapters: dict[str, str] = field(default_factory=dict)
     metrics_prefix: str = "chatglm"
     faults: str | None = None
     feedback_db: Path | None = None
@@ -109,6 +111,19 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def read_adapters(given: list[str]) -> dict[str, str]:
+    """Adapters by name from `NAME=DIR`. Raises RequestError naming what is wrong."""
+    adapters: dict[str, str] = {}
+    for text in given:
+        name, equals, folder = text.partition("=")
+        if not (equals and name and folder):
+            raise RequestError(f"--adapter is {text!r}; it must be like poems=out/model")
+        if name in adapters:
+            raise RequestError(f"--adapter {name} was given before", cure="give every adapter a name of its own")
+        adapters[name] = folder
+    return adapters
 
 
 def read_keys(given: list[str], file: str | None) -> dict[str, str]:

@@ -24,7 +24,7 @@ async def chat_completions(request: Request) -> Response:
     """Answer a conversation, whole or as server-sent events."""
     backend, owner = backend_of(request), owner_of(request)
     body = await read_body(request, ChatBody)
-    backend.check_model(body.model)
+    adapter = backend.check_model(body.model)
     answer_tokens = body.answer_tokens or default_max_new_tokens(backend.context)
     check_limits(body, backend, answer_tokens)
     usable_tools(body)
@@ -44,12 +44,13 @@ async def chat_completions(request: Request) -> Response:
         seed=body.seed,
         shared=shared,
         matchers=matchers,
+        adapter=adapter,
     )
     options = body.stream_options
     answer = ChatAnswer(
         exchange,
         backend.tokenizer,
-        backend.model_name,
+        body.model,
         backend.fingerprint,
         wants_logprobs=body.logprobs,
         with_tools=bool(body.tools) and body.forced_tool != "none",
@@ -62,7 +63,7 @@ async def chat_completions(request: Request) -> Response:
         backend.release(owner, exchange)
         group = exchange.group
         tokens = sum(stream.num_sampled for stream in group.streams)
-        note(request, model=backend.model_name, prompt_tokens=group.num_prompt_tokens, completion_tokens=tokens)
+        note(request, model=body.model, prompt_tokens=group.num_prompt_tokens, completion_tokens=tokens)
         note(request, finish=exchange.finish or "cancelled", seed=group.streams[0].seed)
         note_texts(request, [group])
 

@@ -37,7 +37,7 @@ async def completions(request: Request) -> Response:
     """Continue one text or several, whole or as server-sent events."""
     backend, owner = backend_of(request), owner_of(request)
     body = await read_body(request, CompletionBody)
-    backend.check_model(body.model)
+    adapter = backend.check_model(body.model)
     answer_tokens = body.max_tokens or 16
     check_limits(body, backend, answer_tokens)
     prompts = await asyncio.to_thread(read_prompts, backend, body, answer_tokens)
@@ -51,7 +51,7 @@ async def completions(request: Request) -> Response:
         if groups:
             usage = usage_of(groups)
             counts = {name: usage[name] for name in ("prompt_tokens", "completion_tokens")}
-            note(request, model=backend.model_name, finish=exchanges[0].finish or "cancelled", **counts)
+            note(request, model=body.model, finish=exchanges[0].finish or "cancelled", **counts)
             note_texts(request, groups)
 
     try:
@@ -67,6 +67,7 @@ async def completions(request: Request) -> Response:
                     seed=body.seed,
                     shared=shared_choices(body, backend.tokenizer, normalize=False),
                     matchers=matchers,
+                    adapter=adapter,
                 )
             )
         answer = CompletionAnswer(backend, body, exchanges)
@@ -159,7 +160,7 @@ class CompletionAnswer:
             "id": self._id,
             "object": "text_completion",
             "created": self._created,
-            "model": self._backend.model_name,
+            "model": self._body.model,
             "system_fingerprint": self._backend.fingerprint,
         }
 

@@ -33,16 +33,18 @@ async def embeddings(request: Request) -> Response:
     """One vector for each text."""
     backend = backend_of(request)
     body = await read_body(request, EmbeddingBody)
-    backend.check_model(body.model)
+    adapter = backend.check_model(body.model)
     inputs = await asyncio.to_thread(read_inputs, backend, body.input)
     data = []
     for number, ids in enumerate(inputs):
-        vector = await backend.in_engine(lambda engine, ids=ids: mean_hidden(engine.runner, ids, backend.tokenizer))  # type: ignore[misc]
+        vector = await backend.in_engine(
+            lambda engine, ids=ids: mean_hidden(engine.runners[adapter], ids, backend.tokenizer)  # type: ignore[misc]
+        )
         data.append({"object": "embedding", "index": number, "embedding": encode(vector, body.encoding_format)})
     tokens = sum(len(ids) + 1 for ids in inputs)
-    note(request, model=backend.model_name, prompt_tokens=tokens)
+    note(request, model=body.model, prompt_tokens=tokens)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return JsonAnswer({"object": "list", "data": data, "model": backend.model_name, "usage": usage})
+    return JsonAnswer({"object": "list", "data": data, "model": body.model, "usage": usage})
 
 
 def encode(vector: torch.Tensor, form: str) -> Any:

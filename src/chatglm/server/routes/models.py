@@ -14,25 +14,27 @@ from ..requests import backend_of
 router = APIRouter()
 
 
-def describe(backend: Backend) -> dict[str, Any]:
-    """What is served."""
+def describe(backend: Backend, identity: str) -> dict[str, Any]:
+    """What is served under a name: the base, or the base with an adapter."""
+    is_base = identity == backend.model_name
     bits = backend.loaded.model.config.quantization_bit
     return {
-        "id": backend.model_name,
+        "id": identity,
         "object": "model",
         "created": backend.created,
         "owned_by": "chatglm",
         "max_model_len": backend.context,
         "dtype": str(backend.loaded.model.dtype).removeprefix("torch."),
         "quantization": f"int{bits}" if bits else None,
-        "adapters": [],
+        **({"adapters": list(backend.adapters)} if is_base else {"parent": backend.model_name}),
     }
 
 
 @router.get("/v1/models", response_model=None)
 async def list_models(request: Request) -> Response:
     """The models that requests may name."""
-    return JsonAnswer({"object": "list", "data": [describe(backend_of(request))]})
+    backend = backend_of(request)
+    return JsonAnswer({"object": "list", "data": [describe(backend, identity) for identity in backend.model_ids]})
 
 
 @router.get("/v1/models/{model}", response_model=None)
@@ -40,4 +42,4 @@ async def one_model(request: Request, model: str) -> Response:
     """One of them."""
     backend = backend_of(request)
     backend.check_model(model)
-    return JsonAnswer(describe(backend))
+    return JsonAnswer(describe(backend, model))
