@@ -98,6 +98,12 @@ def test_another_seed_in_the_same_folder_is_refused_with_both_values(tmp_path: P
         train(tiny_task(), tiny_run(tmp_path, seed=3))
 
 
+def test_a_run_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(TrainingError, match=r"the run folder .*file/out cannot be made \(Not a directory\)"):
+        train(tiny_task(), tiny_run(tmp_path / "file" / "out"))
+
+
 def test_restart_begins_anew(uninterrupted: Any, tmp_path: Path) -> None:
     trained_weights(tmp_path, seed=3, steps=6)
     task = tiny_task()

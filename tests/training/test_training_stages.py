@@ -96,6 +96,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tu
 def test_pre_training_learns_the_text_and_says_the_loss_of_each_objective(trained: Any) -> None:
     report, _ = trained
     assert report.evaluation["evaluation_loss"] < 0.5 * report.losses[0][1]
+    assert report.evaluation.keys() == {"evaluation_loss", "evaluation_loss_token", "evaluation_loss_document"}
     line = json.loads((report.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert 0 < line["loss_document"] < 6 and 0 < line["padding"] < 1
     assert "loss_dialogue" not in line

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.atomic import write_whole
 from ..errors import TrainingError
 from .export import export
 from .gathering import Collected, Reader, Timer, share_of
@@ -153,7 +154,7 @@ class Trainer:
         """Take up the newest whole checkpoint of the run folder, if there is one."""
         out = self.run.out
         if self.world.is_first:
-            out.mkdir(parents=True, exist_ok=True)
+            _make(out)
         if restart:
             self.checkpoints.remove_after(-1)
         found = self.checkpoints.newest()
@@ -163,7 +164,7 @@ class Trainer:
             self._take_up(path, manifest)
             self.say(f"resuming {path.name}: {self.place.tokens:,} tokens were seen")
         if self.world.is_first:
-            (out / "run.yaml").write_text(as_yaml(self.run), encoding="utf-8")
+            write_whole(out / "run.yaml", as_yaml(self.run).encode())
             self.metrics = MetricsLog(
                 out, resume_at=self.place.step if found else None, tensorboard=self.run.log.tensorboard
             )
@@ -176,12 +177,12 @@ class Trainer:
         self.module.train()
         timer = Timer(self.device)
         sums = self._forward_backward(rows, timer)
-        loss_sum, count, tokens = sums["loss"], sums["count"], int(sums["tokens"])
+        count, tokens = sums["count"], int(sums["tokens"])
         watch = self.place.watch
         self._average_copies()
         factor = divided_by(self.world) * self._nominal(rows) / (max(count, 1.0) * watch.loss_scale)
         norms = gradient_norms(self.parameters, factor)
-        loss = loss_sum / max(count, 1.0)
+        loss = _mean(sums)
         verdict = watch.judge(loss, norms.total, self.run.stability, is_scaled=self.precision == "fp16")
         if verdict is Verdict.RESTORE and self._go_back(rows):
             return StepFigures(loss, count, tokens, rows, norms, rate, verdict, {}, timer.seconds)
@@ -205,7 +206,7 @@ class Trainer:
         figures: dict[str, float] = {}
         held_out, rows = self.task.held_out, self.run.evaluate.rows
         if held_out is not None and rows:
-            figures["evaluation_loss"] = self._held_out_loss(held_out, rows)
+            figures = self._score(held_out, rows)
         if self.task.evaluate is not None:
             self.module.eval()
             figures |= self.task.evaluate()
@@ -365,7 +366,8 @@ class Trainer:
             self.task.on_resume(path)
 
     @torch.no_grad()
-    def _held_out_loss(self, source: Source, rows: int) -> float:
+    def _score(self, source: Source, rows: int) -> dict[str, float]:
+        """Loss of rows, and the stage's further numbers, each under `evaluation_…`."""
         self.module.eval()
         unit = self.world.data_size
         collected = Collected(self.device)
@@ -373,7 +375,8 @@ class Trainer:
             batch = source.batch(start, count)
             collected.add(self.module(batch.to(self.device)), batch.tokens)
         sums = collected.summed(self.world)
-        return float(sums["loss"] / max(sums["count"], 1.0))
+        means = {name: sums[f"{name}/sum"] / sums[f"{name}/by"] for name in sums["names"] if sums[f"{name}/by"]}
+        return {f"evaluation_{name}": value for name, value in {"loss": _mean(sums), **means}.items()}
 
     def _total_steps(self) -> int:
         run = self.run
@@ -393,6 +396,17 @@ class _Since:
 
     def begin(self, place: Place) -> None:
         self.time, self.tokens = time.monotonic(), place.tokens
+
+
+def _mean(sums: Mapping[str, Any]) -> float:
+    return float(sums["loss"] / max(sums["count"], 1.0))
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(f"the run folder {out} cannot be made ({error.strerror})", cure="--out DIR") from error
 
 
 def _in_fp32(model: nn.Module) -> nn.Module:
