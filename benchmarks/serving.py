@@ -21,6 +21,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -291,7 +292,8 @@ def fuzz(options: argparse.Namespace) -> dict:
     """schemathesis until the time is over, each round with another seed."""
     from server_process import ServerProcess
 
-    server = ServerProcess("--context-cache", "0", "--max-waiting", "64")
+    kept = tempfile.TemporaryDirectory()
+    server = ServerProcess("--context-cache", "0", "--max-waiting", "64", "--feedback-db", f"{kept.name}/feedback.db")
     end, rounds, failures = time.monotonic() + options.seconds, 0, []
     command = [
         str(Path(sys.executable).with_name("schemathesis")), "run", server.url + "/openapi.json",
@@ -310,6 +312,7 @@ def fuzz(options: argparse.Namespace) -> dict:
     finally:
         status = server.stop()
         server.close()
+        kept.cleanup()
     statuses = {code: counts.count(code) for code in sorted(set(counts))}
     return {**facts(), "rounds": rounds, "statuses": statuses, "failures": failures, "exit": status}
 
