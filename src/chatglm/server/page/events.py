@@ -48,17 +48,19 @@ class Events:
             parts.previous: gr.update(visible=has_choice, interactive=number > 1),
             parts.next: gr.update(visible=has_choice, interactive=number < count),
             parts.place: gr.update(visible=has_choice, value=f"{number} / {count}"),
-            parts.prefer: gr.update(visible=has_choice and self._backend.feedback is not None),
+            parts.prefer: gr.update(visible=has_choice and self._backend.feedback is not None, interactive=True),
             **self._busy(False),
         }
 
     def _busy(self, is_busy: bool) -> Shown:
+        """While an answer is written, what would get in its way is off."""
         parts = self._parts
-        return {
-            parts.send: gr.update(visible=not is_busy),
-            parts.stop: gr.update(visible=is_busy),
-            **{part: gr.update(interactive=not is_busy) for part in (parts.talks, parts.new, parts.delete)},
-        }
+        off = (parts.talks, parts.new, parts.delete, parts.language, parts.save_feedback)
+        found = {part: gr.update(interactive=not is_busy) for part in off}
+        if is_busy:
+            found |= {part: gr.update(interactive=False) for part in (parts.regenerate, parts.undo, parts.prefer)}
+            found |= {part: gr.update(interactive=False) for part in (parts.previous, parts.next)}
+        return {**found, parts.send: gr.update(visible=not is_busy), parts.stop: gr.update(visible=is_busy)}
 
     async def open(self, text: str, language: str) -> Shown:
         """A conversation that the browser has loaded, or a new one."""

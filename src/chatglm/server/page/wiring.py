@@ -21,7 +21,7 @@ def wire(blocks: gr.Blocks, parts: Parts, events: Events, ratings: Ratings, cont
     """Connect everything."""
     p = parts
     view = [p.talk, p.chat, p.status, p.system, p.name, p.regenerate, p.undo, p.previous, p.place, p.next, p.prefer]
-    view += [p.send, p.stop, p.talks, p.new, p.delete, p.rated]
+    view += [p.send, p.stop, p.talks, p.new, p.delete, p.rated, p.language, p.save_feedback]
     rating_view = [p.feedback_place, *p.opinion, p.delete_feedback]
     common = [p.system, p.language, *p.sampling]
 
