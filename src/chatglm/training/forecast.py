@@ -16,6 +16,8 @@ import torch
 
 from ..config import ModelConfig
 from ..engine.placement import choose_device
+from .adapters.costs import layer_elements
+from .adapters.settings import settings_of
 from .loss import CHUNK_ELEMENTS
 from .metrics import flops_per_token, peak_flops
 from .preparing import precision_of
@@ -105,7 +107,7 @@ def forecast(
         trained=learns,
         states=learns * STATE_BYTES // share,
         frozen=frozen_bytes // share,
-        activations=activation_bytes(run, config, precision, shares=run.parallel.tensor, casts_weights=trained is None),
+        activations=activation_bytes(run, config, precision, shares=run.parallel.tensor),
         head=head_bytes(run, config, precision),
         disk=learns * CHECKPOINT_BYTES,
         processes=processes,
@@ -116,21 +118,22 @@ def forecast(
     )
 
 
-def activation_bytes(
-    run: RunConfig, config: ModelConfig, precision: str, *, shares: int = 1, casts_weights: bool = True
-) -> int:
-    """Kept by the forward pass of one micro-batch.
+def activation_bytes(run: RunConfig, config: ModelConfig, precision: str, *, shares: int = 1) -> int:
+    """Kept by the forward pass of one micro-batch. shares: tensor-parallel processes.
 
-    shares         tensor-parallel processes
-    casts_weights  weights learn in fp32, so a narrow run keeps a narrow copy of each that is in use
+    Weights that learn are fp32, so a narrow run keeps a narrow copy of each that is in use; frozen ones are narrow.
     """
     item, hidden, layers = _ITEM[precision], config.hidden_size, config.num_layers
     tokens = run.batch.micro_rows * run.batch.length
     wide = 4 * hidden  # the inner size that LAYER_ELEMENTS counts with
-    elements = LAYER_ELEMENTS + 2 * (config.inner_hidden_size - wide) / hidden
+    adapter = settings_of(run.method)
+    if adapter is None:
+        elements = LAYER_ELEMENTS + 2 * (config.inner_hidden_size - wide) / hidden
+    else:
+        elements = layer_elements(config, adapter, item)
     layer = int(tokens * hidden * elements * item / shares)
     layer_parameters = (config.num_parameters - config.vocab_size * hidden) // layers
-    narrow = layer_parameters * item // shares if casts_weights and precision != "fp32" else 0
+    narrow = layer_parameters * item // shares if adapter is None and precision != "fp32" else 0
     mask = run.batch.micro_rows * run.batch.length**2  # bool, of the dense mask
     if run.compute.checkpointing:
         return layers * tokens * hidden * item + layer + narrow + mask

@@ -10,6 +10,9 @@ from .base import base_dtype, wanted_config
 from .prefix import prefixed
 from .settings import LoraSettings, PtuningSettings, settings_of
 
+FROZEN_ELEMENTS = 6
+"""Of a layer that does not learn, beside the input of its GELU."""
+
 
 def trained_parameters(config: ModelConfig, settings: LoraSettings | PtuningSettings) -> int:
     """Parameters that learn: 3,670,016 for ChatGLM-6B with the default LoRA, 29,360,128 with the default prefix."""
@@ -38,6 +41,22 @@ def widest_expanded(config: ModelConfig, item: int) -> int:
     layer = max(out * columns for out, columns in linear_shapes(config).values())
     table = config.vocab_size * config.hidden_size if config.embedding_bits else 0
     return max(layer, table) * item
+
+
+def layer_elements(config: ModelConfig, settings: LoraSettings | PtuningSettings, item: int) -> float:
+    """Numbers of `item` bytes that a layer keeps for the backward pass, for each token and hidden unit.
+
+    A frozen linear keeps no input. A LoRA keeps its own, in fp32 (and which of it dropout let through), and beside
+    `query_key_value` the whole output, of which values are a part.
+    """
+    inner = config.inner_hidden_size / config.hidden_size
+    kept = FROZEN_ELEMENTS + inner
+    if isinstance(settings, LoraSettings):
+        widths = {"query_key_value": 1.0, "dense": 1.0, "dense_h_to_4h": 1.0, "dense_4h_to_h": inner}
+        mask = 1 if settings.dropout else 0
+        kept += sum(widths[target] for target in settings.targets) * (4 + mask) / item
+        kept += 2 if "query_key_value" in settings.targets else 0
+    return kept
 
 
 def costs(run: RunConfig) -> tuple[int, int] | None:
