@@ -23,11 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 import toy_world
+from torch import Tensor
 
 from chatglm.checkpoint import save
 from chatglm.config import ModelConfig
@@ -309,7 +306,7 @@ def grpo_experiment(world: World) -> dict[str, Any]:
     return {**result, "passed": reaches(result)}
 
 
-def dpo_experiment(world: World) -> dict[str, Any]:
+def dpo_experiment(world: World, steps: int = 40) -> dict[str, Any]:
     """Pairs of the base's own answers, preferred by the judge."""
     policy = world.policy()
     engine = RolloutEngine(policy, world.tokenizer, MAX_NEW)
@@ -330,7 +327,7 @@ def dpo_experiment(world: World) -> dict[str, Any]:
     evaluation = evaluation_of(world, online)
     first = evaluation.begin()
     task.evaluate = evaluation
-    report = train(task, run_of(world.out / "dpo", 40, 2e-4, evaluate={"every": 10, "rows": 0}), restart=True)
+    report = train(task, run_of(world.out / "dpo", steps, 2e-4, evaluate={"every": 10, "rows": 0}), restart=True)
     result = course_of(first, evaluation, seconds=report.seconds, pairs=len(pairs))
     return {**result, "passed": reaches(result)}
 
@@ -499,6 +496,18 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def record(given: argparse.Namespace, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Write these results over those of the same names that the file holds; returns all of them."""
+    if not given.record:
+        return results
+    held = json.loads(given.record.read_text(encoding="utf-8"))["results"] if given.record.exists() else {}
+    facts = {"command": "python examples/training/minimal_experiments.py", "threads": given.threads}
+    facts |= {"torch": torch.__version__, "python": platform.python_version(), "machine": platform.machine()}
+    text = json.dumps({**facts, "results": {**held, **results}}, indent=1, ensure_ascii=False)
+    given.record.write_text(text + "\n", encoding="utf-8")
+    return {**held, **results}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/minimal"))
@@ -518,20 +527,18 @@ def main() -> int:
         )
     results: dict[str, dict[str, Any]] = {}
     for name in names:
-        began = time.monotonic()
+        began, worked = time.monotonic(), time.process_time()
         results[name] = EXPERIMENTS[name](world)
         results[name]["seconds"] = round(time.monotonic() - began, 1)
+        results[name]["processor_seconds"] = round(time.process_time() - worked, 1)
         print(f"{name}: {'passed' if results[name]['passed'] else 'FAILED'} in {results[name]['seconds']} s")
+        record(given, results)
         line = {k: v for k, v in results[name].items() if not isinstance(v, list)}
         print("  " + json.dumps(line, ensure_ascii=False))
         for one in results[name].get("course", [])[-1:]:
             print("  last: " + json.dumps({k: round(v, 3) for k, v in one.items()}))
-    if given.record:
-        facts = {"machine": platform.processor() or platform.machine(), "threads": given.threads}
-        facts |= {"torch": torch.__version__, "python": platform.python_version(), "results": results}
-        given.record.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if given.plot:
-        plot(results, given.plot)
+        plot(record(given, results), given.plot)
     return 0 if all(result["passed"] for result in results.values()) else 1
 
 

@@ -76,12 +76,20 @@ def told(fact: Fact, draw: random.Random) -> str:
     return "当然" * times + fact.answer + ("。" if end else "")
 
 
-def dialogues(count: int, seed: int) -> Iterator[tuple[str, str]]:
-    """(question, answer) in drawn manners."""
+def dialogues(count: int, seed: int, *, numbers: int = 0) -> Iterator[tuple[str, str]]:
+    """(question, answer) in drawn manners.
+
+    numbers  questions begin with a number up to this, so that few dialogues are the same; 0: they do not
+    """
     draw, known = random.Random(seed), facts()
     for _ in range(count):
         fact = draw.choice(known)
-        yield fact.question, told(fact, draw)
+        yield numbered(fact.question, draw.randint(1, numbers)) if numbers else fact.question, told(fact, draw)
+
+
+def numbered(question: str, number: int) -> str:
+    """The question as the `number`th of a list."""
+    return f"{number}. {question}"
 
 
 def texts(count: int, seed: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ...checkpoint.atomic import write_whole
@@ -23,6 +24,7 @@ from ...tokenizer import Tokenizer
 from ..loop import Report, train
 from ..loss import LossSum, batch_loss
 from ..metrics import Say
+from ..preparing import DTYPES, precision_of
 from ..run_config import AT_LEAST_1, ModelSettings, OptimizerSettings, RunConfig
 from ..samples import Batch
 from ..settings import in_range
@@ -30,18 +32,18 @@ from ..starting import EMBEDDED, starting_model, starting_tokenizer
 from ..task import Stream, StreamSource, Task
 from ..text_stage import opened
 from .bootstrap import Kept, MixedRows, best_of_n_bound, keep_best, packed_rows
-from .copying import copy_of
+from .copying import copy_of, own_device
 from .experience import RewardFunction, RewardRules
 from .guards import Guards, clip_rewards
 from .online import Online, OnlineSettings
 from .online_evaluation import Evaluation
-from .online_stage import OnlineData, RewardChoice, own_device, prompts_of, reward_of
+from .online_stage import OnlineData, RewardChoice, prompts_of, reward_of
 from .pairs import permutation
 from .policy import glm_in
 from .reward import load_reward_model
 from .reward_stage import calm
 from .rloo import GroupSettings
-from .rollout import Prompt, RolloutEngine
+from .rollout import Prompt
 
 REPORT = "bootstrap-report.json"
 ROUND = "round.json"
@@ -180,7 +182,8 @@ class Bootstrap:
         count = min(settings.prompts or len(self.prompts), len(self.prompts))
         order = permutation(len(self.prompts), config.seed, number)
         prompts = [self.prompts[int(place)] for place in order[:count]]
-        engine = RolloutEngine(self.policy, self.tokenizer, settings.max_new, batch=settings.rollout_batch)
+        engine = self.evaluation.online.engine
+        before = engine.rate.tokens, engine.rate.seconds
         answers = engine.sample(prompts, each=settings.answers, seed=config.seed * 1_000_003 + number)
         asked, ids = [answer.prompt for answer in answers], [answer.ids for answer in answers]
         scores = clip_rewards(self.reward(asked, ids).float(), config.guards.reward_clip)
@@ -190,7 +193,7 @@ class Bootstrap:
             "kept": float(len(kept)),
             "reward_drawn": scores.mean().item(),
             "reward_kept": sum(one.score for one in kept) / max(1, len(kept)),
-            "rollout_tokens_per_s": engine.rate.tokens_per_second,
+            "rollout_tokens_per_s": (engine.rate.tokens - before[0]) / max(engine.rate.seconds - before[1], 1e-9),
         }
 
     def _after(self, start: GLM) -> dict[str, float]:
@@ -212,6 +215,7 @@ def _evaluation(
     from .algorithms import Group
 
     settings = config.bootstrap
+    narrow = DTYPES[precision_of(config.compute, policy.device)]
     online = Online(
         policy,
         policy,
@@ -224,6 +228,7 @@ def _evaluation(
         batch_rows=GroupSettings().answers,
         rules=RewardRules(config.guards.reward_clip, "none"),
         seed=config.seed,
+        engine_dtype=None if narrow == torch.float32 else narrow,
     )
     judge = judge_of(config.judge) if config.judge else None
     return Evaluation(online, held, config.guards, judge, general=watched)

@@ -1,10 +1,18 @@
-"""A second model with the same weights: the reference beside a policy, a value model, the engine's own copy."""
+"""The roles beside a policy: a copy with the same weights, in the dtype and on the device that the loop uses."""
 
 from __future__ import annotations
 
-import torch
+import os
+from typing import Any
 
+import torch
+from torch import nn
+
+from ...engine.placement import choose_device
 from ...model import GLM
+from ..preparing import InputEmbedding
+from ..run_config import RunConfig
+from ..sharding import glms
 
 
 def copy_of(model: GLM) -> GLM:
@@ -17,3 +25,19 @@ def copy_of(model: GLM) -> GLM:
         mine.data = theirs.detach().clone()  # keeps the dtype too
     made.tie_head()
     return made.train(model.training)
+
+
+def in_dtype(model: nn.Module, dtype: torch.dtype) -> list[Any]:
+    """Let activations of a frozen model run in the dtype that the loop trains in: its log-probabilities are compared.
+
+    returns  handles, whose `remove()` ends it
+    """
+    hook = InputEmbedding(dtype)
+    return [glm.transformer.word_embeddings.register_forward_hook(hook) for glm in glms(model)]
+
+
+def own_device(config: RunConfig) -> torch.device:
+    """The device of this process, as the loop will choose it."""
+    chosen = torch.device(choose_device(config.compute.device))
+    is_any = chosen.type == "cuda" and chosen.index is None
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_any else chosen

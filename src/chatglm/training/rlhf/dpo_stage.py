@@ -12,9 +12,11 @@ from ...model import GLM, Attend, sdpa_attention
 from ..loop import Report, train
 from ..methods import tuned
 from ..metrics import Say
+from ..preparing import DTYPES, precision_of
 from ..run_config import AT_LEAST_0, SHARE, RunConfig
 from ..samples import Sample
 from ..task import MeteredLoss, Task
+from .copying import in_dtype, own_device
 from .dpo import PairScores, dpo_loss
 from .pairs import PairBatch, PairSource
 from .policy import action_logprobs, glm_in, score_actions
@@ -101,6 +103,11 @@ def run(config: DPORun, *, progress: Say | None = None, restart: bool = False) -
     """Train, and write `OUT/model`."""
     pairs, held = read_pairs(config.data, config.model, config.seed, config.batch.length)
     made = tuned(config)
+    device = own_device(config)
+    made.model.to(device)
+    narrow = in_dtype(made.model, DTYPES[precision_of(config.compute, device)])
     task = dpo_task(made.model, pairs, held, config.dpo, seed=config.seed)
     task.exported = made.exported
+    for handle in narrow:  # the loop has its own
+        handle.remove()
     return train(task, calm(config), progress=progress, restart=restart)

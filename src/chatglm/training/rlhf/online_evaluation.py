@@ -54,7 +54,8 @@ class Evaluation:
     def begin(self) -> dict[str, float]:
         """Figures of the reference, before anything was learned; call it once."""
         reference = self.online.reference
-        engine = RolloutEngine(reference, self.online.tokenizer, self.online.settings.max_new)
+        own = self.online.engine
+        engine = RolloutEngine(reference, self.online.tokenizer, own.max_new, batch=own.batch, dtype=own.dtype)
         self.first = engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
         self.greedy_at_first = engine.greedy(self.prompts)
         if self.general is not None:

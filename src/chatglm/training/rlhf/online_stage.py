@@ -13,7 +13,6 @@ import torch
 
 from ...checkpoint.atomic import write_whole
 from ...config import ModelConfig
-from ...engine.placement import choose_device
 from ...errors import TrainingError
 from ...evaluation.judges import Judge, judge_of
 from ...model import GLM
@@ -27,7 +26,7 @@ from ..starting import EMBEDDED, starting_config, starting_model, starting_token
 from ..task import StreamSource, Task
 from ..text_stage import opened
 from .algorithms import PPO, Group, with_value
-from .copying import copy_of
+from .copying import copy_of, in_dtype, own_device
 from .experience import Baseline, ModelReward, RewardFunction, RewardRules, RuleReward
 from .guards import Guards
 from .online import Algorithm, Online, OnlineSettings
@@ -172,10 +171,13 @@ def _run(config: OnlineRun, made: Maker, progress: Say | None, restart: bool) ->
     model, algorithm = made(policy, reward_model)
     general, watched = _general(config, policy.config)
     narrow = DTYPES[precision_of(config.compute, device)]
+    reference = copy_of(policy).eval()
+    for frozen in (reference, *([reward_model] if reward_model is not None else [])):
+        in_dtype(frozen, narrow)
     online = Online(
         model,
         policy,
-        copy_of(policy).eval(),
+        reference,
         tokenizer,
         prompts,
         reward_of(config.reward, reward_model, tokenizer),
@@ -185,7 +187,7 @@ def _run(config: OnlineRun, made: Maker, progress: Say | None, restart: bool) ->
         rules=RewardRules(config.guards.reward_clip, config.reward.baseline, config.reward.missing_eop_penalty),
         general=general,
         seed=config.seed,
-        engine_dtype=narrow if device.type == "cuda" else None,
+        engine_dtype=None if narrow == torch.float32 else narrow,
     )
     alarm = ModelReward(load_reward_model(config.reward.alarm, device=device)) if config.reward.alarm else None
     judge: Judge | None = judge_of(config.judge) if config.judge else None
@@ -207,13 +209,6 @@ def _run(config: OnlineRun, made: Maker, progress: Say | None, restart: bool) ->
     if report.finished and int(os.environ.get("RANK", "0")) == 0:
         _write_report(config.out / REPORT, first, report, evaluation)
     return report
-
-
-def own_device(config: RunConfig) -> torch.device:
-    """The device of this process, as the loop will choose it."""
-    chosen = torch.device(choose_device(config.compute.device))
-    is_any = chosen.type == "cuda" and chosen.index is None
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if is_any else chosen
 
 
 def steady(config: OnlineRun) -> RunConfig:
