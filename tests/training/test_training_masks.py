@@ -63,3 +63,21 @@ def test_flex_attention_equals_the_dense_mask(rows: list[list[tuple[int, int]]],
     flex = flex_attend(flex_block_mask(batch, block_size=8), compiled=False)
     expected = sdpa_attention(query, key, value, dense_blocked(batch))
     torch.testing.assert_close(flex(query, key, value, None), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@settings(max_examples=6)
+@given(rows=rows_of_samples, padding=st.integers(0, 3), prefix=st.integers(1, 9))
+def test_every_token_sees_a_tuned_prefix_under_both_masks(
+    rows: list[list[tuple[int, int]]], padding: int, prefix: int
+) -> None:
+    batch = batch_of(rows, padding)
+    random = torch.Generator().manual_seed(1)
+    lines, tokens = batch.ids.shape
+    query = torch.randn(lines, 2, tokens, 16, generator=random)
+    key, value = (torch.randn(lines, 2, prefix + tokens, 16, generator=random) for _ in range(2))
+    flex = flex_attend(flex_block_mask(batch, prefix=prefix, block_size=8), compiled=False)
+    blocked = torch.nn.functional.pad(dense_blocked(batch), (prefix, 0), value=False)
+    torch.testing.assert_close(
+        flex(query, key, value, None), sdpa_attention(query, key, value, blocked), rtol=0, atol=2e-6
+    )

@@ -14,5 +14,5 @@ FLEX_HEADS = (16, 32, 64, 128, 256)
 def attend_for(batch: Batch, config: ModelConfig) -> Attend:
     """The kernel for a batch where it lies; one that does not bring its own mask is given the dense one."""
     if batch.ids.is_cuda and config.head_dim in FLEX_HEADS:
-        return flex_attend(flex_block_mask(batch))
+        return flex_attend(flex_block_mask(batch, prefix=config.pre_seq_len or 0))
     return sdpa_attention

@@ -29,18 +29,25 @@ def dense_blocked(batch: Batch) -> Tensor:
     return ~(allowed | (query == key))[:, None]
 
 
-def flex_block_mask(batch: Batch, *, block_size: int = 128) -> Any:
-    """FlexAttention's BlockMask of the same rule, made on the batch's device; blocks that see nothing are skipped."""
+def flex_block_mask(batch: Batch, *, prefix: int = 0, block_size: int = 128) -> Any:
+    """FlexAttention's BlockMask of the same rule, made on the batch's device; blocks that see nothing are skipped.
+
+    prefix  keys of a tuned prefix in front of the row, which every token sees
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
     document, in_context = batch.document, batch.in_context
     rows, tokens = document.shape
 
-    def may_look(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def may_look(row: Tensor, _head: Tensor, query: Tensor, place: Tensor) -> Tensor:
+        key = (place - prefix).clamp(min=0) if prefix else place
         is_same = (document[row, query] == document[row, key]) & (document[row, query] != PADDING)
-        return (is_same & (in_context[row, key] | (key <= query))) | (query == key)
+        allowed = (is_same & (in_context[row, key] | (key <= query))) | (query == key)
+        return allowed | (place < prefix) if prefix else allowed
 
-    return create_block_mask(may_look, rows, None, tokens, tokens, device=str(document.device), BLOCK_SIZE=block_size)
+    return create_block_mask(
+        may_look, rows, None, tokens, prefix + tokens, device=str(document.device), BLOCK_SIZE=block_size
+    )
 
 
 def flex_attend(block_mask: Any, *, compiled: bool = True) -> Attend:
