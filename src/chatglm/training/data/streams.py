@@ -134,7 +134,7 @@ class TextStream:
         last, last_mode = self._begin(self._count - 1)
         total = last + int(self._sizes[last_mode])
         shift = int(random.integers(0, max(1, self.stop - self.first - total + 1)))
-        begin, mode = self._begin((number + turn) % self._count)
+        begin, mode = self._begin(number)
         first, _ = self._begin(turn)
         return MODES[mode], self.first + shift + (begin - first) % max(total, 1), int(self._sizes[mode])
 
