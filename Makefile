@@ -13,21 +13,25 @@ BIN = $(VENV)/bin
 INSTALL = $(PYTHON) scripts/install.py --venv $(VENV) --torch $(TORCH) --torch-index $(TORCH_INDEX)
 INSTALL_INPUTS = pyproject.toml constraints.txt scripts/install.py
 FOR_CHAT = $(VENV)/.installed-chat-$(TORCH)
+FOR_TRAIN = $(VENV)/.installed-train-$(TORCH)
 FOR_TEST = $(VENV)/.installed-test-$(TORCH)
 SOURCES = src tests examples scripts
 PINNED_ON = 2026-11-24
 COVERED = src/chatglm/model/*,src/chatglm/tokenizer/*,src/chatglm/checkpoint/*
 
-.PHONY: help chat test lint typecheck coverage constraints clean
+.PHONY: help chat train-demo test lint typecheck coverage constraints clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 chat: $(FOR_CHAT)  ## talk with the embedded model (installs it first, into .venv)
 	@# on a terminal the chat gets its own process group: Ctrl-C is for the answer, not for make
 	@if [ -t 0 ]; then set -m; fi; $(BIN)/chatglm chat $(ARGS) || [ $$? -eq 130 ]
+
+train-demo: $(FOR_TRAIN)  ## a tiny model through every stage of training, with a report: minutes on two cores
+	$(BIN)/python examples/training/demo.py --out out/train-demo
 
 test: lint typecheck $(FOR_TEST)  ## everything that CI runs: format, lint, types, tests, coverage bounds
 	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered $(PYTEST_ARGS)
@@ -57,6 +61,10 @@ $(FOR_CHAT): $(INSTALL_INPUTS)
 	@$(INSTALL) --extras chat,cpu
 	@touch $@
 
+$(FOR_TRAIN): $(INSTALL_INPUTS)
+	@$(INSTALL) --extras chat,cpu,train
+	@touch $@ $(FOR_CHAT)
+
 $(FOR_TEST): $(INSTALL_INPUTS)
 	@$(INSTALL) --extras chat,cpu,hf,serve,web,ray,train,eval --groups dev
-	@touch $@ $(FOR_CHAT)
+	@touch $@ $(FOR_CHAT) $(FOR_TRAIN)

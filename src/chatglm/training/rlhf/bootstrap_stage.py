@@ -36,7 +36,7 @@ from .copying import copy_of, own_device
 from .experience import RewardFunction, RewardRules
 from .guards import Guards, clip_rewards
 from .online import Online, OnlineSettings
-from .online_evaluation import Evaluation
+from .online_evaluation import Evaluation, said
 from .online_stage import OnlineData, RewardChoice, prompts_of, reward_of
 from .pairs import permutation
 from .policy import glm_in
@@ -132,7 +132,7 @@ class Bootstrap:
     def run(self, *, restart: bool = False) -> Report:
         """Round after round, those that are finished passed over."""
         first = self.evaluation.begin()
-        self.say("before: " + _said(first))
+        self.say("before: " + said(first))
         report = Report(self.config.out)
         for number in range(1, self.config.bootstrap.rounds + 1):
             report = self.round(number, restart=restart)
@@ -173,7 +173,7 @@ class Bootstrap:
         found |= {"round": number, "bound": best_of_n_bound(config.bootstrap.answers)}
         self.figures.append(found)
         write_whole(folder / ROUND, (json.dumps(found, indent=2) + "\n").encode())
-        self.say(f"round {number}: " + _said(found))
+        self.say(f"round {number}: " + said(found))
         return report
 
     def keep(self, number: int) -> tuple[list[Kept], dict[str, float]]:
@@ -249,10 +249,6 @@ def _line(kept: Kept) -> str:
     answer = kept.answer
     facts = {"prompt": answer.prompt.text, "response": answer.text, "score": kept.score, "median": kept.median}
     return json.dumps(facts, ensure_ascii=False) + "\n"
-
-
-def _said(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in figures.items())
 
 
 def _copied(source: Path, target: Path) -> Path:

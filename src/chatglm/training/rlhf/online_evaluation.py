@@ -6,7 +6,7 @@ and the win-rate is against them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -123,6 +123,15 @@ class Evaluation:
             prompts = [make_prompt(online.tokenizer, text) for text in self.guards.canaries]
             for answer in online.engine.greedy(prompts):
                 self.say(f"  canary {answer.prompt.text!r}: {answer.text!r}")
+
+
+SAID = ("kept", "reward_drawn", "reward_kept", "judged_rate", "reward", "kl_k3", "general_loss_up", "answer_length")
+
+
+def said(figures: Mapping[str, float]) -> str:
+    """The figures that are worth a line on the screen."""
+    named = {name.removeprefix("eval_"): value for name, value in figures.items()}
+    return ", ".join(f"{name.replace('_', ' ')} {named[name]:.3g}" for name in SAID if name in named)
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from .copying import copy_of, in_dtype, own_device
 from .experience import Baseline, ModelReward, RewardFunction, RewardRules, RuleReward
 from .guards import Guards
 from .online import Algorithm, Online, OnlineSettings
-from .online_evaluation import Evaluation
+from .online_evaluation import Evaluation, said
 from .ppo import PPOSettings
 from .prompts import read_prompts, split_prompts
 from .reward import RewardModel, load_reward_model
@@ -194,7 +194,7 @@ def _run(config: OnlineRun, made: Maker, progress: Say | None, restart: bool) ->
     held = held[: config.data.held_out_prompts]
     evaluation = Evaluation(online, held, config.guards, judge, alarm, watched, say)
     first = evaluation.begin()
-    say("before: " + ", ".join(f"{name.removeprefix('eval_')} {value:.3f}" for name, value in first.items()))
+    say("before: " + said(first))
     task = Task(
         model,
         online.loss,
