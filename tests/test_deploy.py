@@ -145,6 +145,7 @@ def test_the_systemd_unit_starts_a_command_that_exists_and_waits_for_the_drain(o
     check_serve(command[1:], options)
     drain = int(command[command.index("--drain-timeout") + 1])
     assert int(service["TimeoutStopSec"]) > drain and service["KillSignal"] == "SIGTERM"
+    assert service["KillMode"] == "mixed"  # children of --replicas finish their answers
     assert service["Restart"] == "on-failure" and service["DynamicUser"] == "yes"
     assert service["LoadCredential"].startswith("keys:") and "${CREDENTIALS_DIRECTORY}/keys" in service["ExecStart"]
 
