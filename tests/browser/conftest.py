@@ -123,7 +123,7 @@ def ready(page: Any) -> None:
     """The page has loaded, chosen its language and shown its conversation."""
     page.wait_for_selector("#question textarea")
     page.wait_for_selector("#language input:checked")
-    page.wait_for_function("document.querySelector('#undo').disabled !== undefined")
+    page.wait_for_function("document.querySelector('#undo')?.disabled !== undefined")
 
 
 def photograph(page: Any, name: str) -> None:

@@ -77,12 +77,14 @@ def test_a_conversation_outlives_a_reload_and_a_new_one_is_beside_it(page, web):
     ready(page)
     page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
     assert page.locator("#chat .message.bot").inner_text() == first
+    kept = json.loads(page.evaluate("() => localStorage.getItem('chatglm.settings')"))
+    assert kept[:5] == [0, 0.7, 0, 24, 1]  # and so do the settings
     page.click("#new")
     page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 0")
     ask(page, "another")
     assert [t["title"] for t in saved_when(page, lambda talks: len(talks) == 2, "two")] == ["another", "hello"]
     page.get_by_role("radio", name="hello").check(force=True)
-    page.wait_for_function("() => document.querySelector('#chat').innerText.includes('hello')")
+    page.wait_for_function("() => document.querySelector('#chat')?.innerText.includes('hello')")
     assert page.locator("#chat .message.bot").inner_text() == first
 
 
@@ -106,7 +108,7 @@ def test_stop_ends_the_answer_and_keeps_what_is_there(page, web):
     setting(page, "top-p", "1")
     page.fill(QUESTION, "写一个很长很长的故事")
     page.click("#send")
-    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status').innerText)")
+    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status')?.innerText)")
     assert not page.locator("#send").is_visible()
     page.click("#stop")
     settled(page)
@@ -121,7 +123,7 @@ def test_leaving_the_page_ends_the_answer(page, web):
     setting(page, "temperature", "2")
     page.fill(QUESTION, "写一个很长很长的故事")
     page.press(QUESTION, "Enter")
-    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status').innerText)")
+    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status')?.innerText)")
     page.goto("about:blank")
     until(web.is_idle, "the engine to be idle")
 
@@ -136,10 +138,10 @@ def test_regenerate_keeps_variants_to_step_through(page):
     second = page.locator("#chat .message.bot").inner_text()
     assert first != second
     page.click("#previous")
-    page.wait_for_function("() => document.querySelector('#place').innerText.trim() === '1 / 2'")
+    page.wait_for_function("() => document.querySelector('#place')?.innerText.trim() === '1 / 2'")
     assert page.locator("#chat .message.bot").inner_text() == first
     page.click("#next")
-    page.wait_for_function("() => document.querySelector('#place').innerText.trim() === '2 / 2'")
+    page.wait_for_function("() => document.querySelector('#place')?.innerText.trim() === '2 / 2'")
     assert page.locator("#chat .message.bot").inner_text() == second
     photograph(page, "variants")
 
@@ -161,7 +163,7 @@ def test_editing_a_question_forks_and_the_old_conversation_stays(page):
     page.get_by_role("button", name="Edit").last.click()
     page.locator("#chat textarea").fill("three")
     page.get_by_role("button", name="Submit").click()
-    page.wait_for_function("() => document.querySelector('#chat').innerText.includes('three')")
+    page.wait_for_function("() => document.querySelector('#chat')?.innerText.includes('three')")
     settled(page)
     talks = saved_when(page, lambda talks: len(talks) == 2, "the fork")
     assert [[r["question"] for r in talk["rounds"]] for talk in talks] == [["one", "three"], ["one", "two"]]
@@ -171,7 +173,7 @@ def test_editing_a_question_forks_and_the_old_conversation_stays(page):
 def test_undo_puts_the_question_back_into_the_box(page):
     ask(page, "take me back")
     page.click("#undo")
-    page.wait_for_function(f"() => document.querySelector('{QUESTION}').value === 'take me back'")
+    page.wait_for_function(f"() => document.querySelector('{QUESTION}')?.value === 'take me back'")
     assert page.locator("#chat .message").count() == 0
     assert page.locator("#undo").is_disabled()
 
@@ -199,7 +201,7 @@ def test_the_enter_of_an_input_method_chooses_a_word_and_sends_nothing(page):
         ".dispatchEvent(new KeyboardEvent(kind, {key: 'Enter', keyCode: 229, bubbles: true, cancelable: true})); }"
     )
     devtools.send("Input.insertText", {"text": "你好"})
-    page.wait_for_function(f"() => document.querySelector('{QUESTION}').value === '你好'")
+    page.wait_for_function(f"() => document.querySelector('{QUESTION}')?.value === '你好'")
     assert page.locator("#chat .message").count() == 0
     page.press(QUESTION, "Enter")  # and now the real one
     page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
@@ -255,10 +257,10 @@ def test_html_in_texts_is_shown_as_text_and_fetches_and_runs_nothing(page):
 @pytest.mark.parametrize(("locale", "send", "switched"), [("zh-CN", "发送", "Send"), ("de-DE", "Send", "发送")])
 def test_the_language_is_the_browsers_and_can_be_switched(web, browse, locale, send, switched):
     page = browse(web, locale=locale)
-    page.wait_for_function(f"() => document.querySelector('#send').innerText.trim() === '{send}'")
+    page.wait_for_function(f"() => document.querySelector('#send')?.innerText.trim() === '{send}'")
     other = "en" if send == "发送" else "zh"
     page.locator(f"#language input[value={other}]").check()
-    page.wait_for_function(f"() => document.querySelector('#send').innerText.trim() === '{switched}'")
+    page.wait_for_function(f"() => document.querySelector('#send')?.innerText.trim() === '{switched}'")
     page.reload()
     page.wait_for_function(f"() => document.querySelector('#send')?.innerText.trim() === '{switched}'")
     assert page.evaluate("() => document.documentElement.lang") == other
@@ -291,7 +293,7 @@ def test_on_a_phone_everything_is_in_reach_and_nothing_scrolls_sideways(web, bro
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360 and box["y"] + box["height"] <= 740, name
     photograph(page, f"phone-{locale}")
     page.locator("#side .toggle-button").tap()
-    page.wait_for_function("() => document.querySelector('#side').classList.contains('open')")
+    page.wait_for_function("() => document.querySelector('#side')?.classList.contains('open')")
     page.locator("#settings > button").tap()
     page.locator("#temperature").wait_for(state="visible")
     photograph(page, f"phone-settings-{locale}")
@@ -301,7 +303,7 @@ def test_on_a_phone_everything_is_in_reach_and_nothing_scrolls_sideways(web, bro
 def test_a_rating_needs_consent_once_and_can_be_changed_and_deleted(page, db):
     ask(page, "rate this")
     page.get_by_role("button", name="Like", exact=True).last.click()
-    page.wait_for_function("() => document.querySelector('#feedback-status').innerText.includes('consent')")
+    page.wait_for_function("() => document.querySelector('#feedback-status')?.innerText.includes('consent')")
     assert rows(db, "SELECT * FROM feedback") == []
     photograph(page, "consent")
     page.locator("#consent input").check()
@@ -309,7 +311,7 @@ def test_a_rating_needs_consent_once_and_can_be_changed_and_deleted(page, db):
     page.fill("#correction textarea", "a better answer")
     page.locator("#tags input").first.check()
     page.click("#save-feedback")
-    page.wait_for_function("() => document.querySelector('#feedback-status').innerText.includes('Saved')")
+    page.wait_for_function("() => document.querySelector('#feedback-status')?.innerText.includes('Saved')")
     query = "SELECT thumb, rating, correction, tags_json FROM feedback"
     assert rows(db, query) == [(1, 4, "a better answer", '["wrong"]')]
     photograph(page, "feedback")
@@ -320,7 +322,7 @@ def test_a_rating_needs_consent_once_and_can_be_changed_and_deleted(page, db):
     page.reload()
     ready(page)
     page.locator("#feedback > button").click()
-    page.wait_for_function("() => document.querySelector('#correction textarea').value === 'a better answer'")
+    page.wait_for_function("() => document.querySelector('#correction textarea')?.value === 'a better answer'")
     page.click("#delete-feedback")
     until(lambda: rows(db, query) == [], "the rating to be gone")
     until(lambda: saved(page)[0]["rounds"][0]["variants"][0]["opinion"] is None, "the browser's copy to be gone")
@@ -349,7 +351,7 @@ def test_the_system_instruction_goes_with_the_question_and_defaults_come_back(pa
     (talk,) = saved_when(page, bool, "the conversation")
     assert talk["system"] == "Be brief." and talk["rounds"][0]["variants"][0]["system"] == "Be brief."
     page.click("#reset")
-    page.wait_for_function("() => document.querySelector('#temperature input[type=number]').value === '0.95'")
+    page.wait_for_function("() => document.querySelector('#temperature input[type=number]')?.value === '0.95'")
     assert page.input_value("#max-tokens input[type=number]") == "256"
 
 
@@ -359,6 +361,20 @@ def test_a_full_storage_is_told_and_the_page_goes_on(page):
     )
     assert ask(page, "hello")
     page.wait_for_function("() => document.querySelector('#page-note')?.innerText.includes('full')")
+
+
+def test_a_conversation_that_is_too_large_for_the_server_is_told(page):
+    identity = "01900000-0000-7000-8000-000000000002"
+    talk = json.dumps({"id": identity, "title": "large", "rounds": [{"question": "x" * 1_200_000, "variants": []}]})
+    page.evaluate(
+        "([id, talk]) => { localStorage.setItem('chatglm.talk.' + id, talk);"
+        " localStorage.setItem('chatglm.current', id) }",
+        [identity, talk],
+    )
+    page.reload()
+    page.wait_for_function("() => document.querySelector('#page-note')?.innerText.includes('too large')")
+    page.click("#new")
+    assert ask(page, "hello")
 
 
 def test_keyboard_reaches_everything_and_controls_have_names(page):
@@ -393,7 +409,7 @@ def test_a_server_that_dies_in_an_answer_loses_no_question_and_the_page_comes_ba
     setting(page, "temperature", "2")
     page.fill(QUESTION, "写一个很长很长的故事")
     page.press(QUESTION, "Enter")
-    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status').innerText)")
+    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status')?.innerText)")
     server.process.kill()
     server.process.wait()
     page.wait_for_function("() => document.querySelector('#page-note')?.innerText.includes('cannot be reached')")
@@ -413,7 +429,7 @@ def test_with_a_key_the_page_asks_once(browse, start_web):
     photograph(page, "key")
     page.fill("#key", "wrong-key-1")
     page.get_by_role("button").click()
-    page.wait_for_function("() => document.querySelector('#told').innerText === '密钥不正确。'")
+    page.wait_for_function("() => document.querySelector('#told')?.innerText === '密钥不正确。'")
     page.fill("#key", "correct-horse-1")
     page.get_by_role("button").click()
     ready(page)

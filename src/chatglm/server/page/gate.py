@@ -27,11 +27,22 @@ WRITTEN = re.compile(r"/key\Z|/gradio_api/(queue/join|cancel|reset)/?\Z", re.ASC
 _REDIRECT: Message = {"type": "http.response.start", "status": 307}
 STREAMS = ("/gradio_api/queue/data", "/gradio_api/heartbeat/")
 
+POLL_S = 0.25
+DRAINED_POLLS = 3
+"""A draining server closes a page's stream so long after the last answer, which is on its way by then."""
+
 _SCRIPT = re.compile(rb"<script(?![^>]*\bsrc=)[^>]*>(.*?)</script>", re.DOTALL | re.IGNORECASE)
 _NAMING_OTHERS = re.compile(
     rb"<(?:meta|link)\b[^>]*https?://[^>]*>|<link\b[^>]*\bmanifest\.json[^>]*>|<script\b[^>]*\bsrc=\"https?://[^>]*>\s*</script>",
     re.IGNORECASE,
 )
+
+
+ICON = (
+    b'<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns=%22http://www.w3.org/2000/svg%22 viewBox=%220 0 9 9%22%3E'
+    b'%3Crect width=%229%22 height=%229%22 rx=%222%22 fill=%22%232563eb%22/%3E%3C/svg%3E">'
+)
+"""In the page itself, so that no browser asks for one elsewhere."""
 
 
 class Gate:
@@ -42,7 +53,7 @@ class Gate:
     ) -> None:
         """script: put into the page's head; asking: the page that asks for a key (asking.html)."""
         self._access, self._asking = access, asking
-        self._script = b"<script>" + script.encode() + b"</script></head>"
+        self._script = ICON + b"<script>" + script.encode() + b"</script></head>"
         self._app, self._path, self._backend, self._live = app, path, backend, live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -138,17 +149,20 @@ class Gate:
         query = re.search(rb"session_hash=([A-Za-z0-9]{1,64})(?:&|\Z)", scope.get("query_string", b""))
 
         async def listening() -> Message:
-            waiting = asyncio.ensure_future(receive())
-            while True:
-                await asyncio.wait({waiting}, timeout=0.25)
-                if waiting.done():
-                    message = waiting.result()
-                    if message["type"] == "http.disconnect" and query:
-                        self._live.cancel(query[1].decode())
-                    return message
-                if self._backend.is_draining and not self._backend.num_live:
-                    waiting.cancel()
-                    return {"type": "http.disconnect"}
+            waiting, idle = asyncio.ensure_future(receive()), 0
+            try:
+                while idle < DRAINED_POLLS:
+                    await asyncio.wait({waiting}, timeout=POLL_S)
+                    if waiting.done():
+                        message = waiting.result()
+                        if message["type"] == "http.disconnect" and query:
+                            self._live.cancel(query[1].decode())
+                        return message
+                    is_over = self._backend.is_draining and not self._backend.num_live
+                    idle = idle + 1 if is_over else 0
+                return {"type": "http.disconnect"}
+            finally:
+                waiting.cancel()
 
         await self._app(scope, listening, _Outgoing(send))
 

@@ -8,6 +8,8 @@
   const THEME = "chatglm.theme";
   const CONSENT = "chatglm.consent";
   const RATER = "chatglm.rater";
+  const SETTINGS = "chatglm.settings";
+  const NUMBERS = 5; // sliders; after them comes the seed, a text
   const MOST = 200;
   const UNTITLED = { en: "New conversation", zh: "新对话" };
   const FULL = {
@@ -17,6 +19,15 @@
   const LOST = {
     en: "The server cannot be reached. The conversation is saved and comes back with the server.",
     zh: "无法连接服务器。对话已保存，服务器恢复后会自动显示。",
+  };
+
+  const REFUSED = {
+    401: { en: "The key is no longer valid. Load the page again.", zh: "密钥已失效，请重新载入页面。" },
+    413: {
+      en: "This conversation is too large for the server. Start a new one.",
+      zh: "此对话过长，服务器无法处理。请新建对话。",
+    },
+    503: { en: "The server is too busy or shutting down.", zh: "服务器繁忙或正在关闭。" },
   };
 
   const get = (key) => {
@@ -119,13 +130,22 @@
   const isNarrow = () => window.innerWidth < 800;
   const side = (isOpen) => ({ __type__: "update", open: isOpen }); // on a phone it covers the conversation
 
+  // The sampling settings in the order of layout.py; unchanged where none are kept.
+  const settings = () => {
+    const kept = parsed(get(SETTINGS) || "");
+    const isRight = Array.isArray(kept) && kept.length === NUMBERS + 1 && kept.slice(0, NUMBERS).every(Number.isFinite);
+    return isRight ? kept : Array(NUMBERS + 1).fill({ __type__: "update" });
+  };
+  const keepSettings = (values) => put(SETTINGS, JSON.stringify(values.slice(0, NUMBERS + 1)));
+
   const start = () => {
     const theme = get(THEME);
     dark(theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
     document.documentElement.lang = language();
     const current = get(CURRENT);
     const text = current ? get(PREFIX + current) || "" : "";
-    return [language(), text, list(text ? current : null), get(CONSENT) === "yes", rater(), side(!isNarrow())];
+    const first = [language(), text, list(text ? current : null), get(CONSENT) === "yes", rater(), side(!isNarrow())];
+    return [...first, ...settings()];
   };
 
   const open = (id) => {
@@ -230,7 +250,11 @@
   window.fetch = async (...request) => {
     try {
       const response = await nativeFetch(...request);
-      if (failures) {
+      const isEvent = String(request[0]?.url || request[0]).includes("/queue/join");
+      if (isEvent && !response.ok) {
+        const said = REFUSED[response.status];
+        note(said ? said[language()] : `HTTP ${response.status}`);
+      } else if (failures) {
         failures = 0;
         note("");
       }
@@ -245,6 +269,6 @@
   };
 
   window.chatglmPage = {
-    start, save, open, fresh, remove, rename, exported, setLanguage, switchDark, consent,
+    start, save, keepSettings, open, fresh, remove, rename, exported, setLanguage, switchDark, consent,
   };
 })();

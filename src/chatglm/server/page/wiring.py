@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -43,9 +44,8 @@ def wire(blocks: gr.Blocks, parts: Parts, events: Events, ratings: Ratings, cont
     def relabelled(language: str) -> Shown:
         return relabel(p, language)
 
-    start = in_browser(
-        blocks.load, "() => chatglmPage.start()", [], [p.language, p.talk, p.talks, p.consent, p.rater, p.side]
-    )
+    kept_there = [p.language, p.talk, p.talks, p.consent, p.rater, p.side, *p.sampling]
+    start = in_browser(blocks.load, "() => chatglmPage.start()", [], kept_there)
     labels = start.then(relabelled, [p.language], labelled(p), **ANY_NUMBER)
     shown(labels.then)
     shown(in_browser(p.talks.input, "(id) => chatglmPage.open(id)", [p.talks], [p.talk, p.side]).then)
@@ -60,6 +60,8 @@ def wire(blocks: gr.Blocks, parts: Parts, events: Events, ratings: Ratings, cont
     chosen = in_browser(p.language.input, "(language) => [chatglmPage.setLanguage(language)]", [p.language], [p.talks])
     shown(chosen.then(relabelled, [p.language], labelled(p), **ANY_NUMBER).then)
     in_browser(p.consent.input, "(given) => { chatglmPage.consent(given); return []; }", [p.consent], [])
+    keep = "(...settings) => { chatglmPage.keepSettings(settings); return []; }"
+    in_browser(partial(gr.on, [part.change for part in p.sampling]), keep, p.sampling, [])
     standard = defaults(context)
     p.reset.click(lambda: [standard[name] for name in SAMPLING], [], p.sampling, **ANY_NUMBER)
 
