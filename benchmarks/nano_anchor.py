@@ -225,7 +225,7 @@ def main() -> None:
         figures["against_reference"] = off
         print(f"{name:10} {figures['parameters']:>9,} parameters  validation {figures['validation']:.4f}  {off:+.2%}")
     if o.out is not None:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(o).items()}
+        settings = {name: value for name, value in vars(o).items() if name != "out"}
         settings |= {"rows": ROWS, "length": LENGTH, "characters": CHARACTERS, "vocab": vocab, **sizes}
         about = {"torch": torch.__version__, "settings": settings, "tokens": o.steps * ROWS * LENGTH}
         o.out.write_text(json.dumps({**about, "results": found}, indent=1) + "\n", encoding="utf-8")

@@ -25,12 +25,17 @@ from tiny_runs import is_equal, tiny_run, tiny_task, trained_weights, weights
 TOLERANCE = 1e-6
 """On the loss, over 20 steps in fp32: sums of two processes are rounded elsewhere."""
 
+SHORT: dict[str, Any] = {"steps": 6, "schedule": {"warmup": 2}}
+
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"parallel": {"strategy": "ddp"}, "export": {"enabled": True, "dtype": "fp32"}},
-    "fsdp": {"parallel": {"strategy": "fsdp"}, "export": {"enabled": True, "dtype": "fp32"}},
-    "fsdp-bf16": {"parallel": {"strategy": "fsdp"}, "compute": {"precision": "bf16"}},
-    "frozen-layer": {},
-    "fsdp-background": {"parallel": {"strategy": "fsdp"}, "save": {"background": True}},
+    "fsdp": {
+        "parallel": {"strategy": "fsdp"},
+        "export": {"enabled": True, "dtype": "fp32"},
+        "save": {"background": True},
+    },
+    "fsdp-bf16": {"parallel": {"strategy": "fsdp"}, "compute": {"precision": "bf16"}} | SHORT,
+    "frozen-layer": SHORT,
     "tensor": {"parallel": {"tensor": 2}, "export": {"enabled": True, "dtype": "fp32"}},
     "resumed-alone-fsdp": {"parallel": {"strategy": "fsdp"}},
     "resumed-alone-tensor": {"parallel": {"tensor": 2}},
@@ -67,7 +72,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     alone = {"export": {"enabled": True, "dtype": "fp32"}}
     report, _ = trained_weights(folder / "alone", **alone)
     (folder / "alone.json").write_text(json.dumps([report.losses, report.evaluation]), encoding="utf-8")
-    for name, sections in (("frozen-layer-alone", {}), ("bf16-alone", {"compute": {"precision": "bf16"}})):
+    for name, sections in (("frozen-layer-alone", SHORT), ("bf16-alone", {"compute": {"precision": "bf16"}} | SHORT)):
         report = train(task_of(name), tiny_run(folder / name, **sections))
         (folder / f"{name}.json").write_text(json.dumps([report.losses, report.evaluation]), encoding="utf-8")
     for name in ("resumed-alone-fsdp", "resumed-alone-tensor"):
@@ -88,7 +93,7 @@ def metrics(folder: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-background", "tensor"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tensor"])
 def test_two_processes_have_the_losses_of_one_over_20_steps(runs: Path, name: str) -> None:
     alone, together = losses(runs, "alone"), losses(runs, name)
     assert list(together) == list(range(1, 21)) == list(alone)
@@ -98,7 +103,7 @@ def test_two_processes_have_the_losses_of_one_over_20_steps(runs: Path, name: st
 def test_a_partly_frozen_model_is_trained_by_two_processes_as_by_one(runs: Path) -> None:
     alone, together = losses(runs, "frozen-layer-alone"), losses(runs, "frozen-layer")
     assert max(abs(alone[step] - together[step]) for step in alone) < TOLERANCE
-    assert alone != losses(runs, "alone")
+    assert alone[6] != losses(runs, "alone")[6]
 
 
 def test_two_processes_in_bf16_begin_as_one_and_stay_near(runs: Path) -> None:
@@ -140,7 +145,7 @@ def test_two_processes_go_on_with_the_checkpoint_of_one(runs: Path, name: str) -
     assert max(abs(alone[step] - resumed[step]) for step in resumed) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp-background", "tensor"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "tensor"])
 def test_one_process_goes_on_with_the_checkpoint_of_two(runs: Path, name: str, tmp_path: Path) -> None:
     shutil.copytree(runs / name / "step-000010", tmp_path / "step-000010")
     report, _ = trained_weights(tmp_path)
