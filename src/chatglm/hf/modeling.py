@@ -127,6 +127,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel, Network):
         return fused_attention if is_fused else plain_attention
 
 
+class BatchFirst:
+    """ChatGLMModel with `last_hidden_state` [batch, tokens, hidden]; anything else is the model's."""
+
+    def __init__(self, model: ChatGLMModel) -> None:
+        self._model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> ChatGLMModelOutput:
+        output = self._model(*args, **kwargs)
+        output["last_hidden_state"] = output.last_hidden_state.transpose(0, 1)
+        return cast(ChatGLMModelOutput, output)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTrainedModel, GenerationMixin):
     """The language model under the original's name, with `chat`, `stream_chat`, `generate` and `quantize`."""
 
@@ -155,6 +170,13 @@ class ChatGLMForConditionalGeneration(Conversation, Generation, ChatGLMPreTraine
             setattr(self.config, DTYPE_KEY, self.dtype)
             self.config.save_pretrained(save_directory)
         return result
+
+    @property
+    def base_model(self) -> Any:
+        """The part without the head. Whoever put another forward into this object (TRL's fused head) gets it with
+        hidden states batch first, as transformers' own models have them.
+        """
+        return BatchFirst(self.transformer) if "forward" in self.__dict__ else self.transformer
 
     # Embedding and head
 
