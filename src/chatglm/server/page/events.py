@@ -13,7 +13,7 @@ from ..backend import Backend, Owner
 from ..logs import RequestLog
 from .answering import LiveAnswers, answer, no_owner
 from .layout import SAMPLING, Parts
-from .rendering import messages, status_line, thumbs
+from .rendering import messages, status_line, thumbs, typed
 from .talk import Talk, Variant, read_talk
 from .words import error_text, word
 
@@ -83,7 +83,7 @@ class Events:
         number = message_number(event.index) // 2
         if not 0 <= number < len(talk.rounds):
             raise gr.Error(word("needs_question", language), print_exception=False)
-        forked = talk.fork(number, str(event.value))
+        forked = talk.fork(number, typed(str(event.value)))
         forked.system = system or ""
         return self._waiting(forked, language)
 

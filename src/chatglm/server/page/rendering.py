@@ -8,24 +8,72 @@ from typing import Any
 from .talk import Round, Talk, Variant
 from .words import error_text, word
 
-_CODE = re.compile(
-    r"(^(`{3,}|~{3,})[^\n]*\n.*?(?:^\2[`~]*[ \t]*$|\Z)|(`+)(?!`).+?(?<!`)\3(?!`))", re.DOTALL | re.MULTILINE
-)
+_FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})")
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
+_BLANK_LINE = re.compile(r"((?:\r\n|\r|\n)[ \t]*(?=\r\n|\r|\n))")
+_TICKS = re.compile(r"`+")
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
-_IMAGE = re.compile(r"!(?=\[)")
+_IMAGE = re.compile(r"!+(?=\[)")
+_SHOWN = re.compile(r"&lt;(?=[A-Za-z/!?])|&amp;(?=#?\w{1,32};)")
 _ENTITY = re.compile(r"&(?=#?\w{1,32};)")
 
 
 def plain_markdown(text: str) -> str:
-    """Markdown in which a tag is read as text and an image is a link. Code stays as it is."""
-    parts = _CODE.split(text)
-    found = []
-    for index in range(0, len(parts), 4):  # text, then code with the two fences that its pattern captured
-        prose = _ENTITY.sub("&amp;", parts[index])
-        found.append(_IMAGE.sub("", _TAG.sub("&lt;", prose)))
-        if index + 1 < len(parts):
-            found.append(parts[index + 1])
-    return "".join(found)
+    """Markdown in which a tag is read as text and an image is a link. Code stays as it is.
+
+    For looks: what keeps HTML out is Gradio's sanitizer and the page's policy. Takes time in proportion to the text,
+    whatever is in it, as it runs in the server's loop.
+    """
+    found: list[str] = []
+    prose: list[str] = []
+    fence = ""
+    for line in _LINE.findall(text):
+        opening = _FENCE.match(line)
+        if fence:
+            found.append(line)
+            if opening and opening[1].startswith(fence) and not line.strip().strip(fence[0]):
+                fence = ""
+        elif opening:
+            found += [_plain(prose), line]
+            prose, fence = [], opening[1]
+        else:
+            prose.append(line)
+    return "".join([*found, _plain(prose)])
+
+
+def _plain(lines: list[str]) -> str:
+    """Text without fences, paragraph by paragraph."""
+    return "".join(map(_paragraph, _BLANK_LINE.split("".join(lines))))
+
+
+def _paragraph(text: str) -> str:
+    """Between two runs of so many backticks is code, unless a backslash stands before the first."""
+    ticks = list(_TICKS.finditer(text))
+    later: dict[str, list[int]] = {}  # by run, the places that are still ahead, the nearest last
+    for place in range(len(ticks) - 1, -1, -1):
+        later.setdefault(ticks[place][0], []).append(place)
+    found, at, place = [], 0, 0
+    while place < len(ticks):
+        same = later[ticks[place][0]]
+        while same and same[-1] <= place:
+            same.pop()
+        start = ticks[place].start()
+        if not same or (start and text[start - 1] == "\\"):
+            place += 1
+            continue
+        end = ticks[same[-1]].end()
+        found += [_escaped(text[at:start]), text[start:end]]
+        at, place = end, same[-1] + 1
+    return "".join([*found, _escaped(text[at:])])
+
+
+def _escaped(text: str) -> str:
+    return _IMAGE.sub("", _TAG.sub("&lt;", _ENTITY.sub("&amp;", text)))
+
+
+def typed(shown: str) -> str:
+    """What a reader meant who has edited a shown text."""
+    return _SHOWN.sub(lambda found: "<" if found[0] == "&lt;" else "&", shown)
 
 
 def shown_answer(variant: Variant | None, language: str) -> str:
