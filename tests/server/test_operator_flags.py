@@ -26,18 +26,17 @@ def text(response) -> str:
     return response.json()["choices"][0]["message"]["content"]
 
 
-def test_prompts_are_logged_only_where_asked_for_and_control_characters_never_raw(start):
+def test_prompts_are_logged_only_where_asked_for_and_control_characters_never_raw(server, start):
     body = {**QUESTION, "messages": [{"role": "user", "content": f"{SECRET}\x1b[31m\x00"}]}
-    quiet, telling = start(), start("--log-prompts", "--log-json")
-    answers = [text(server.post("/v1/chat/completions", body)) for server in (quiet, telling)]
+    quiet, telling = server, start("--log-prompts", "--log-json")
+    answers = [text(each.post("/v1/chat/completions", body)) for each in (quiet, telling)]
     assert answers[0] == answers[1]
     until(lambda: "finish=" in quiet.log and '"finish"' in telling.log, "the log lines")
     escaped = SECRET.encode("unicode_escape").decode()
     assert SECRET not in quiet.log and escaped not in quiet.log and "--log-prompts" not in quiet.log
     assert escaped in telling.log and "--log-prompts: every prompt" in telling.log
     assert "\x1b" not in telling.log and "\x00" not in telling.log
-    for server in (quiet, telling):
-        server.audit()
+    telling.audit()
 
 
 def test_deterministic_and_swapped_answers_are_those_of_the_default(server, start):

@@ -34,8 +34,8 @@ def feedback_file(tmp_path):
 
 @pytest.fixture
 def replicated(feedback_file):
-    options = ("--replicas", "2", "--kv-memory", "60MB", "--context-cache", "0", "--feedback-db", str(feedback_file))
-    server = ServerProcess(*options, wait=False)
+    options = ("--replicas", "2", "--kv-memory", "60MB", "--context-cache", "0", "--drain-timeout", "120")
+    server = ServerProcess(*options, "--feedback-db", str(feedback_file), wait=False)
     try:
         until(lambda: "listening" in server.log or server.process.poll() is not None, "two replicas", PATIENCE_S)
         assert server.process.poll() is None, server.log
@@ -106,7 +106,7 @@ def test_a_killed_replica_breaks_its_stream_and_is_replaced_while_the_other_serv
     assert killed not in survivors and len(first & survivors) == 1
 
     with ThreadPoolExecutor(1) as pool:  # a drain lets a stream finish, and refuses what is new in the common shape
-        running = pool.submit(server.post, CHAT, {**LONG, "max_tokens": 60})
+        running = pool.submit(server.post, CHAT, {**LONG, "max_tokens": 120})
         until(lambda: sum(has_begun(server) for _ in range(4)) > 0, "the stream", PATIENCE_S)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.status("/ready") != 200, "the drain", PATIENCE_S)
