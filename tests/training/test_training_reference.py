@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -82,13 +83,13 @@ class Plain(nn.Module):
         return output
 
 
-def by_hand(model: Plain) -> list[float]:
-    """AdamW on matrices with decay 0.1, clipping at 0.5, two steps of warm-up, then a cosine to a tenth."""
+def by_hand(model: Plain) -> tuple[list[float], list[float]]:
+    """Losses and norms. AdamW, matrices decayed by 0.1, clipping at 0.5, two steps of warm-up, a cosine to a tenth."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
-    losses = []
+    losses, norms = [], []
     for step in range(STEPS):
         rate = (step + 1) / 2 if step < 2 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 2) / (STEPS - 2))) / 2
         for group in optimizer.param_groups:
@@ -99,10 +100,10 @@ def by_hand(model: Plain) -> list[float]:
         loss = functional.cross_entropy(scores.flatten(0, 1), rows.flatten())
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
         optimizer.step()
         losses.append(loss.item())
-    return losses
+    return losses, norms
 
 
 def test_the_loop_takes_the_steps_of_a_plain_pytorch_loop(tmp_path: Path) -> None:
@@ -122,5 +123,8 @@ def test_the_loop_takes_the_steps_of_a_plain_pytorch_loop(tmp_path: Path) -> Non
         schedule={"warmup": 2},
     )
     report = train(task, run)
-    assert [loss for _, loss in report.losses] == pytest.approx(by_hand(plain), abs=1e-5)
+    losses, norms = by_hand(plain)
+    assert [loss for _, loss in report.losses] == pytest.approx(losses, abs=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
     torch.testing.assert_close(model.transformer.word_embeddings.weight, plain.table.weight, atol=1e-4, rtol=1e-3)
