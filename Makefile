@@ -66,5 +66,5 @@ $(FOR_TRAIN): $(INSTALL_INPUTS)
 	@touch $@ $(FOR_CHAT)
 
 $(FOR_TEST): $(INSTALL_INPUTS)
-	@$(INSTALL) --extras chat,cpu,hf,serve,web,ray,train,eval --groups dev
+	@$(INSTALL) --extras chat,cpu,hf,serve,web,ray,train,eval,data --groups dev
 	@touch $@ $(FOR_CHAT) $(FOR_TRAIN)

@@ -129,7 +129,7 @@ def _zstandard(raw: IO[bytes]) -> IO[bytes]:
     try:
         package: Any = importlib.import_module("zstandard")
     except ModuleNotFoundError as error:
-        raise MissingExtraError("zstandard", extra="train", purpose="reading .zst files before Python 3.14") from error
+        raise MissingExtraError("zstandard", extra="data", purpose="reading .zst files before Python 3.14") from error
     return cast(IO[bytes], io.BufferedReader(package.ZstdDecompressor().stream_reader(raw)))
 
 

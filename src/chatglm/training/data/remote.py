@@ -77,7 +77,7 @@ class Remote:
         try:
             datasets: Any = importlib.import_module("datasets")
         except ImportError as error:
-            raise MissingExtraError("datasets", extra="train", purpose="streaming a corpus") from error
+            raise MissingExtraError("datasets", extra="data", purpose="streaming a corpus") from error
         try:
             found: Sharded = datasets.load_dataset(
                 self.path, self.name, split=self.split, data_files=self.data_files, streaming=True
