@@ -6,10 +6,12 @@ import pytest
 import torch
 from test_serving import engine_of, group_of, run, solo, tokens
 
+from chatglm.engine.graph_runner import GraphRunner, make_runner
 from chatglm.engine.kv_cache import BLOCK_SIZE, KVCache
 from chatglm.engine.runner import Runner
 from chatglm.engine.swapping import SwappedBlocks
 from chatglm.engine.warm_up import tell, warm_up
+from golden_vectors import plain_model
 
 
 @pytest.mark.parametrize("more", [{"preempt": "swap"}, {"deterministic": True}], ids=["swap", "deterministic"])
@@ -140,11 +142,24 @@ def test_a_machine_whose_rows_depend_on_the_batch_is_told(base, caplog, monkeypa
     assert "size of its batch" in caplog.text
 
 
-def test_steps_of_one_shape_give_the_same_bits_whoever_else_runs(base):
+@pytest.mark.parametrize("name", ["ptuning", "ptuning-projection", "oned-fp32", "base-fp16"])
+def test_every_kind_of_model_warms_up_alone_and_with_steps_of_one_shape(name):
+    model = plain_model(name)
+    for least_rows in (1, 8):
+        runner = make_runner(model, KVCache(model.config, 40 * BLOCK_SIZE, model.dtype, model.device))
+        runner.least_rows, runner.least_length = least_rows, 64
+        found = warm_up(runner, 8, 16)
+        assert found.is_invariant or least_rows == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [Runner, lambda model, cache: GraphRunner(model, cache, "torch")], ids=["plain", "buckets"]
+)
+def test_steps_of_one_shape_give_the_same_bits_whoever_else_runs(base, kind):
     def decoded(lengths: list[int], least_rows: int) -> torch.Tensor:
         cache = KVCache(base.config, 40 * BLOCK_SIZE, base.dtype, base.device)
         cache.keys.zero_(), cache.values.zero_()
-        runner = Runner(base, cache)
+        runner = kind(base, cache)
         runner.least_rows, runner.least_length = least_rows, 64
         streams = [group_of(base, number, length, 8).streams[0] for number, length in enumerate(lengths)]
         for number, stream in enumerate(streams):
