@@ -130,9 +130,9 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on(train: Train, r
 
 
 def test_torchrun_trains_with_two_processes_and_one_reports(train: Train, run_file: Path, tmp_path: Path) -> None:
-    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     done = subprocess.run(
-        [*starter, "-m", "chatglm.cli", "train", "pretrain", str(run_file), "--json"],
+        [*starter, "--nproc-per-node", "2", "-m", "chatglm.cli", "train", "pretrain", str(run_file), "--json"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
         capture_output=True,
         text=True,
