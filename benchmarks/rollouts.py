@@ -1,10 +1,13 @@
 """Roll-outs of a policy through the engine against `generate` of the transformers classes, on the same weights.
 
-    python benchmarks/rollouts.py --batches 4,16 --new 64 --out FILE.json
+    python benchmarks/rollouts.py --world out/world --batches 16,64 --out FILE.json
+    python benchmarks/rollouts.py --batches 8,16 --new 64
 
-Random weights of the embedded model's shape (44 M) in fp32: an end token is so unlikely that every answer runs to
-its limit, so both make the same number of tokens. Temperature 1, top_p 1, no top_k. Each is warmed up once; then
-`--repeats` runs in turn, median. `uncached` computes the whole row again for every token.
+`--world`: the base model of examples/training/minimal_experiments.py (136,000 parameters, trained into the folder if it
+is not there) answers 128 of its prompts, `batch` at once; answers end when they end, as in a real roll-out.
+Otherwise random weights of the embedded model's shape (44 M, fp32), where an end token is so unlikely that every answer
+runs to its limit. Temperature 1, top_p 1, no top_k. One warm-up, then `--repeats` runs in turn; medians, by the clock
+and of the processor.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,72 +27,86 @@ from transformers import GenerationConfig
 
 import chatglm
 from chatglm.chat import EMBEDDED_MODEL
-from chatglm.config import read_config
+from chatglm.config import read_config, to_original
 from chatglm.hf import ChatGLMConfig, ChatGLMForConditionalGeneration
+from chatglm.hf.configuration import ORIGINAL_KEYS, OWN_KEYS
 from chatglm.model import GLM, initialize
-from chatglm.model.batch import left_padded
 from chatglm.tokenizer import Tokenizer
 from chatglm.training.rlhf.rollout import Prompt, RolloutEngine
+
+EXAMPLES = Path(__file__).parents[1] / "examples" / "training"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batches", default="4,16,32")
+    parser.add_argument("--batches", default="16,64")
     parser.add_argument("--context", type=int, default=32)
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--uncached", action="store_true", help="also the loop without a cache")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--world", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    config = replace(read_config(EMBEDDED_MODEL / "config.json").quantized(0), torch_dtype="float32")
-    tokenizer = Tokenizer.from_folder(EMBEDDED_MODEL)
-    model = GLM(config)
-    initialize(model, 0)
-    model.eval().requires_grad_(False)
+    model, tokenizer, prompts, new = the_world(given.world) if given.world else at_the_limit(given)
     twin = hf_twin(model)
     results = []
     for batch in map(int, given.batches.split(",")):
-        generator = torch.Generator().manual_seed(batch)
-        ids = torch.randint(100, 11_000, (batch, given.context - 2), generator=generator).tolist()
-        prompts = [Prompt("", (*row, config.gmask_token_id)) for row in ids]
-        engine = RolloutEngine(model, tokenizer, given.new, batch=batch)
+        own = prompts if given.world else prompts[:batch]
+        engine = RolloutEngine(model, tokenizer, new, batch=batch)
+        parts = [own[first : first + batch] for first in range(0, len(own), batch)]
         ways: dict[str, Callable[[int], int]] = {
-            "engine": lambda seed, e=engine, p=prompts: sum(len(a.ids) for a in e.sample(p, seed=seed)),
-            "generate": lambda seed, p=prompts: generated(twin, p, given.new, seed),
+            "engine": lambda seed, e=engine, p=own: sum(len(a.ids) + a.is_finished for a in e.sample(p, seed=seed)),
+            "generate": lambda seed, p=parts: sum(generated(twin, part, new, seed) for part in p),
         }
-        if given.uncached:
-            ways["uncached"] = lambda seed, p=prompts: without_cache(model, p, given.new, seed)
-        rates = measure(ways, given.repeats)
-        medians = {name: statistics.median(values) for name, values in rates.items()}
-        results.append({"batch": batch, "tokens_per_s": medians, "runs": rates})
-        results[-1]["engine_over_generate"] = medians["engine"] / medians["generate"]
-        print(f"batch {batch}: " + ", ".join(f"{name} {rate:,.0f} tokens/s" for name, rate in medians.items()))
+        results.append({"batch": batch, **told(batch, measure(ways, given.repeats))})
     if given.out:
         facts = {"torch": torch.__version__, "chatglm": chatglm.__version__, "threads": given.threads}
-        facts |= {
-            "context": given.context,
-            "new": given.new,
-            "model": "embedded shape, random fp32",
-            "results": results,
-        }
+        facts |= {"parameters": model.config.num_parameters, "prompts": len(prompts), "new": new, "results": results}
         given.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def the_world(folder: Path) -> tuple[GLM, Tokenizer, list[Prompt], int]:
+    """A small trained model and its prompts."""
+    sys.path.insert(0, str(EXAMPLES))
+    import minimal_experiments
+
+    folder.mkdir(parents=True, exist_ok=True)
+    world = minimal_experiments.make_world(folder, print)
+    return world.base, world.tokenizer, (world.prompts * 2)[:128], minimal_experiments.MAX_NEW
+
+
+def at_the_limit(given: argparse.Namespace) -> tuple[GLM, Tokenizer, list[Prompt], int]:
+    """Random weights of the embedded model's shape, random contexts."""
+    config = replace(read_config(EMBEDDED_MODEL / "config.json").quantized(0), torch_dtype="float32")
+    model = GLM(config)
+    initialize(model, 0)
+    model.eval().requires_grad_(False)
+    most = max(map(int, given.batches.split(",")))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(100, 11_000, (most, given.context - 2), generator=generator).tolist()
+    prompts = [Prompt("", (*row, config.gmask_token_id)) for row in ids]
+    return model, Tokenizer.from_folder(EMBEDDED_MODEL), prompts, given.new
 
 
 def hf_twin(model: GLM) -> Any:
     """The same weights under transformers."""
-    stored = {**json.loads((EMBEDDED_MODEL / "config.json").read_text()), "quantization_bit": 0}
-    twin = ChatGLMForConditionalGeneration(ChatGLMConfig(**{**stored, "quantization_embeddings": False}))
+    known = to_original(model.config)
+    keys = [key for key in (*ORIGINAL_KEYS, *OWN_KEYS) if key in known]
+    twin = ChatGLMForConditionalGeneration(ChatGLMConfig(**{key: known[key] for key in keys}))
     twin.load_state_dict(model.state_dict())
     return twin.float().eval()
 
 
 @torch.inference_mode()
-def generated(twin: Any, prompts: list[Prompt], new: int, seed: int) -> int:
+def generated(twin: Any, prompts: Sequence[Prompt], new: int, seed: int) -> int:
+    """Tokens that `generate` made of these prompts as one batch, end tokens counted and padding not."""
     torch.manual_seed(seed)
     config = twin.config
-    ids = torch.tensor([[*prompt.context, config.bos_token_id] for prompt in prompts])
+    rows = [[*prompt.context, config.bos_token_id] for prompt in prompts]
+    width = max(map(len, rows))
+    ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
     settings = GenerationConfig(
         max_new_tokens=new,
         do_sample=True,
@@ -98,35 +116,35 @@ def generated(twin: Any, prompts: list[Prompt], new: int, seed: int) -> int:
         eos_token_id=config.eos_token_id,
         pad_token_id=config.pad_token_id,
     )
-    made = twin.generate(input_ids=ids, generation_config=settings)
-    return int((made.shape[1] - ids.shape[1]) * len(prompts))
+    made = twin.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:]
+    ended = (made == config.eos_token_id).int().cumsum(dim=1)
+    return int((ended == 0).sum() + (ended[:, -1] > 0).sum())
 
 
-@torch.inference_mode()
-def without_cache(model: GLM, prompts: list[Prompt], new: int, seed: int) -> int:
-    generator = torch.Generator().manual_seed(seed)
-    contexts = [list(prompt.context) for prompt in prompts]
-    answers: list[list[int]] = [[] for _ in prompts]
-    for _ in range(new):
-        ids, positions, blocked = left_padded(contexts, answers, model.config, model.device)
-        hidden = model.transformer(ids, positions, blocked)[:, -1]
-        drawn = torch.multinomial(model.logits(hidden).softmax(-1), 1, generator=generator)
-        for answer, token in zip(answers, drawn[:, 0].tolist(), strict=True):
-            answer.append(token)
-    return new * len(prompts)
-
-
-def measure(ways: dict[str, Callable[[int], int]], repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of each way, run in turn after one warm-up."""
+def measure(ways: dict[str, Callable[[int], int]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Tokens per second of each way, by the clock and of the processor; run in turn after one warm-up."""
     for way in ways.values():
         way(0)
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    rates: dict[str, dict[str, list[float]]] = {name: {"clock": [], "processor": []} for name in ways}
     for number in range(1, repeats + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             tokens = way(number)
-            rates[name].append(tokens / (time.perf_counter() - began))
+            rates[name]["clock"].append(tokens / (time.perf_counter() - began))
+            rates[name]["processor"].append(tokens / (time.process_time() - worked))
     return rates
+
+
+def told(batch: int, rates: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Medians and their ratio, printed too."""
+    result: dict[str, Any] = {"runs": rates}
+    for clock in ("clock", "processor"):
+        medians = {name: statistics.median(values[clock]) for name, values in rates.items()}
+        ratio = medians["engine"] / medians["generate"]
+        result |= {f"tokens_per_{clock}_s": medians, f"engine_over_generate_{clock}": ratio}
+        said = ", ".join(f"{name} {rate:,.1f}" for name, rate in medians.items())
+        print(f"batch {batch}, tokens per {clock} second: {said}; {ratio:.2f} times generate", flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -63,8 +63,9 @@ class CpuNetwork:
         step = self._steps[batch]
         step.hidden[:batch] = self._embed(ids[:, None], positions)[:, 0]
         self._set_angles(step.angles, positions, batch)
-        for row, table in enumerate(tables):
-            step.slots[row, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        longest = max(map(len, tables))
+        padded = [[*table, *([0] * (longest - len(table)))] for table in tables]  # one tensor, not one a row
+        step.slots[:batch, :longest] = torch.tensor(padded, dtype=torch.int32)
         step.lengths[:] = torch.tensor([len(table) for table in tables], dtype=torch.int32)
         step.newest[:] = torch.tensor([table[-1] for table in tables], dtype=torch.int32)
         self.workers.run(step.program)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ...engine.graph_runner import make_runner
 from ...engine.kv_cache import BLOCK_SIZE, KVCache
 from ...engine.sampler import Sampler, Samples
 from ...engine.sampling import SamplingParams
-from ...engine.scheduler import Engine
+from ...engine.scheduler import Engine, Scheduler
 from ...engine.sequence import Sequence as Stream
 from ...errors import TrainingError
 from ...model import GLM
@@ -28,7 +29,8 @@ from ..samples import Sample
 from .answers import answer_sample
 from .copying import copy_of
 
-GREEDY = SamplingParams(temperature=0)
+GREEDY = SamplingParams(temperature=0, seed=0)
+DRAWN = SamplingParams(temperature=1, top_k=0, top_p=1, seed=0)
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,19 @@ class PolicySampler(Sampler):
     def __init__(self, end_id: int) -> None:
         super().__init__(None, end_id)
         self.logprobs: dict[int, list[float]] = {}
+        self._draws: dict[int, list[float]] = {}
+
+    def _uniform(self, sequence: Stream) -> float:
+        """The random number of a stream's next token; all of them are drawn at once, from its seed."""
+        if sequence.number not in self._draws:
+            generator = np.random.Generator(np.random.Philox(key=sequence.seed))
+            self._draws[sequence.number] = generator.random(sequence.max_new).tolist()
+        return self._draws[sequence.number][len(sequence.generated_ids)]
+
+    def finish(self, sequence: Stream) -> tuple[float, ...]:
+        """Log π of a stream's actions; what was kept of it is let go."""
+        self._draws.pop(sequence.number, None)
+        return tuple(self.logprobs.pop(sequence.number, ()))
 
     @torch.inference_mode()
     def __call__(self, logits: Tensor, sequences: list[Stream]) -> Samples:
@@ -91,13 +106,22 @@ class PolicySampler(Sampler):
         is_finite = torch.isfinite(logits).all(dim=-1)
         scores = torch.where(is_finite[:, None], logits, 0.0).log_softmax(dim=-1)
         cumulative = scores.double().exp().cumsum(dim=-1)
-        draws = torch.tensor([sequence.uniform() for sequence in sequences], dtype=torch.float64)
+        draws = torch.tensor([self._uniform(sequence) for sequence in sequences], dtype=torch.float64)
         threshold = draws.to(logits.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
         chosen = scores.gather(1, tokens)[:, 0].tolist()
         for sequence, logprob in zip(sequences, chosen, strict=True):
             self.logprobs.setdefault(sequence.number, []).append(logprob)
         return Samples(tokens[:, 0].tolist(), is_finite.tolist())
+
+
+class InLots(Scheduler):
+    """Lets streams begin in lots: a first pass for each one that ends would hold up all others every time."""
+
+    def admit(self) -> list[Stream]:
+        """Streams that may start, once a quarter of the cache is free."""
+        cache = self.runner.cache
+        return super().admit() if not self.running or 4 * cache.num_free_tokens >= cache.capacity else []
 
 
 @dataclass
@@ -137,29 +161,25 @@ class RolloutEngine:
 
         An answer depends on the weights, its place and the seed alone, never on how the batch was cut.
         """
-        params = [
-            SamplingParams(temperature=1, top_k=0, top_p=1, seed=self._seed(seed, n))
-            for n in range(each * len(prompts))
-        ]
-        return self._run([prompt for prompt in prompts for _ in range(each)], params)
+        asked = [prompt for prompt in prompts for _ in range(each)]
+        return self._run(asked, DRAWN, [self._seed(seed, number) for number in range(len(asked))])
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """The most likely answer of each prompt, for evaluations and canaries."""
-        return self._run(prompts, [GREEDY] * len(prompts))
+        return self._run(prompts, GREEDY, [0] * len(prompts))
 
     def _seed(self, seed: int, number: int) -> int:
         return (seed * 1_000_003 + number) % (2**63 - 1)
 
-    def _run(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Answer]:
+    def _run(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]) -> list[Answer]:
         was_training = self.model.training
         self.model.eval()
-        streams = [self._stream(prompt, own) for prompt, own in zip(prompts, params, strict=True)]
+        streams = [self._stream(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
         engine = self._prepared(streams)
         sampler = engine.sampler
         assert isinstance(sampler, PolicySampler)
         started = time.perf_counter()
-        for first in range(0, len(streams), self.batch):
-            engine.run(streams[first : first + self.batch])
+        engine.run(streams)  # the cache holds `batch` of them: as one ends, the next begins
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         self.rate.seconds += time.perf_counter() - started
@@ -175,12 +195,12 @@ class RolloutEngine:
                     tuple(stream.generated_ids),
                     stream.finish_reason == "stop",
                     self.tokenizer.decode(stream.generated_ids),
-                    tuple(sampler.logprobs.pop(stream.number, ())),
+                    sampler.finish(stream),
                 )
             )
         return answers
 
-    def _stream(self, prompt: Prompt, params: SamplingParams) -> Stream:
+    def _stream(self, prompt: Prompt, params: SamplingParams, seed: int) -> Stream:
         config = self.model.config
         room = config.max_sequence_length - len(prompt.context) - 1
         if room < 1:
@@ -189,7 +209,9 @@ class RolloutEngine:
                 f"{prompt.text[:40]!r}"
             )
         context = list(prompt.context)
-        return Stream(context, config.bos_token_id, len(context) - 1, True, min(self.max_new, room), params)
+        stream = Stream(context, config.bos_token_id, len(context) - 1, True, min(self.max_new, room), params)
+        stream.seed = seed
+        return stream
 
     def _prepared(self, streams: Sequence[Stream]) -> Engine:
         """The engine, made anew where the cache is too small for these streams or `refresh` was called."""
@@ -203,6 +225,7 @@ class RolloutEngine:
             cache = KVCache(model.config, self._capacity, model.dtype, model.device)
             runner = make_runner(model, cache, kernels=self.kernels)
             self._engine = Engine(runner, PolicySampler(model.config.eos_token_id))
+            self._engine.scheduler = InLots(runner)
         return self._engine
 
     @torch.no_grad()
