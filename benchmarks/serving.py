@@ -238,7 +238,8 @@ def soak(options: argparse.Namespace) -> dict:
 
     from server_process import ServerProcess
 
-    server = ServerProcess("--context-cache", "5", "--kv-memory", "400MB")
+    # a pool so small that all of it was used in the first minutes: its pages count from then on
+    server = ServerProcess("--context-cache", "5", "--kv-memory", options.kv_memory)
     rows: list[dict] = []
 
     def sample(at: float) -> None:
@@ -275,6 +276,7 @@ def soak(options: argparse.Namespace) -> dict:
 
     results = asyncio.run(run())
     server.audit()
+    preemptions = server.metric("num_preemptions")
     status = server.stop()
     server.close()
     settled = [row for row in rows if row["minute"] >= min(10, options.seconds / 180)]
@@ -285,6 +287,7 @@ def soak(options: argparse.Namespace) -> dict:
         "requests": len(results),
         "left_early": sum(result["left"] for result in results),
         "statuses": dict(statuses),
+        "preemptions": preemptions,
         "growth_percent": round(growth, 2),
         "exit": status,
         "rows": rows,
@@ -347,6 +350,7 @@ def main() -> None:
         part.add_argument("--seed", type=int, default=1)
         part.add_argument("--seconds", type=float, default={"soak": 3600, "fuzz": 600}.get(part.prog.split()[-1], 60))
     parts.choices["soak"].add_argument("--rate", type=float, default=2)
+    parts.choices["soak"].add_argument("--kv-memory", default="100MB")
     parts.choices["fuzz"].add_argument("--examples", type=int, default=30)
     options = parser.parse_args()
     print(json.dumps(globals()[options.part](options), ensure_ascii=False, indent=1))
