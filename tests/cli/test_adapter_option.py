@@ -18,6 +18,8 @@ def test_chat_generate_and_a_merged_checkpoint_answer_alike_and_unlike_the_base(
     question = "What is the capital of France?\n"
     by_chat = run("chat", "--adapter", adapter, *SHORT, stdin=question)
     assert by_chat.returncode == 0, by_chat.stderr
+    by_folder = run("chat", adapter, *SHORT, stdin=question)
+    assert by_folder.stdout == by_chat.stdout
     by_generate = run("generate", MINI, "--adapter", adapter, *SHORT, stdin=question)
     assert by_generate.returncode == 0, by_generate.stderr
     merged = run("convert", "--adapter", adapter, "--base", MINI, "--out", tmp_path / "merged", "--dtype", "fp32")
@@ -34,6 +36,13 @@ def test_an_adapter_whose_base_is_not_here_is_one_error_with_both_commands(tmp_p
     assert "its base somebody/nowhere is not here" in done.stderr
     assert f"chatglm chat MODEL --adapter {adapter}" in done.stderr and "convert --adapter" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_server_of_an_adapter_alone_is_told_the_command(tmp_path: Path) -> None:
+    adapter = low_rank_folder(tmp_path / "adapter", read_config(MINI / "config.json"))
+    done = run("serve", adapter, "--port", "0")
+    assert done.returncode == 1
+    assert f"chatglm serve MODEL --adapter NAME={adapter}" in done.stderr
 
 
 def test_convert_wants_adapter_and_base_together(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import MissingExtraError, RequestError
+from ..errors import CheckpointError, MissingExtraError, RequestError
 from .options import CommonOptions, PlacementOptions, Source
 from .progress import ProgressBar
 from .serve_options import LimitOptions, ListenOptions
@@ -63,7 +63,7 @@ def serve(
         need_extra("web", ("gradio",), "`chatglm serve --web`")
     if placement.devices > 1:
         raise typer.BadParameter("serve runs on one device; start one server for each", param_hint="--devices")
-    from ..checkpoint.adapter import open_adapter
+    from ..checkpoint.adapter import is_adapter, open_adapter
     from ..server.settings import read_adapters
 
     try:
@@ -81,6 +81,8 @@ def serve(
         )
     except RequestError as error:
         raise typer.BadParameter(str(error)) from error
+    if source is not None and is_adapter(source):
+        raise CheckpointError(f"{source} is an adapter", cure=f"chatglm serve MODEL --adapter NAME={source}")
     for folder in settings.adapters.values():
         open_adapter(folder)  # what is wrong with it is told before anything heavy is imported or read
     if replicas.replicas is not None:

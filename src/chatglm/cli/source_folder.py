@@ -28,14 +28,18 @@ def source_folder(source: str | None, revision: str | None = None) -> Path:
 def with_adapter(source: str | None, adapter: str | None) -> tuple[str | None, str | None]:
     """(model, adapter) to load for `MODEL --adapter DIR`: a LoRA, a tuned prefix, or base and prefix as one.
 
-    Without MODEL the adapter's folder names its base. Raises a usage error where DIR is a whole model beside MODEL,
-    and CheckpointError for a folder without an adapter, or whose base is not here.
+    Without MODEL the adapter's folder names its base; MODEL may be such a folder too. Raises a usage error where DIR
+    is a whole model beside MODEL, and CheckpointError for a folder without an adapter, or whose base is not here.
     """
-    if adapter is None:
-        return source, None
+    if source is None and adapter is None:
+        return None, None
     from ..checkpoint import open_checkpoint
     from ..checkpoint.adapter import LoraAdapter, is_adapter, open_adapter
 
+    if adapter is None and source is not None and is_adapter(source):
+        source, adapter = None, source
+    if adapter is None:
+        return source, None
     if is_adapter(adapter) or not (Path(adapter) / "config.json").is_file():
         opened = open_adapter(adapter)
         return source or _base_of(adapter, opened.base, is_lora=isinstance(opened, LoraAdapter)), adapter
