@@ -25,8 +25,9 @@ from chatglm.training.loop import Report, train
 from chatglm.training.loss import batch_loss
 from chatglm.training.masks import dense_blocked
 from chatglm.training.methods import tuned
-from chatglm.training.run_config import RunConfig
+from chatglm.training.run_config import RunConfig, read_run
 from chatglm.training.samples import collate
+from chatglm.training.sft import SFTRun
 from chatglm.training.task import ListSource, Task
 from checkpoint_folders import SMALL, small_safetensors
 from tiny_runs import LENGTH, ROWS, is_equal, tiny_run
@@ -254,6 +255,14 @@ def test_a_run_starts_from_the_adapter_of_another(method: dict[str, Any], base: 
 def test_a_wrong_key_or_value_of_a_method_is_named(method: dict[str, Any], said: str) -> None:
     with pytest.raises(TrainingError, match=said):
         settings_of(method)
+
+
+@pytest.mark.parametrize(("name", "learns"), [("lora", 3_670_016), ("qlora", 14_680_064), ("ptuning", 29_360_128)])
+def test_the_example_files_are_runs_that_train_the_published_counts(name: str, learns: int) -> None:
+    run = read_run(Path(__file__).parents[2] / "examples" / "training" / f"sft-{name}.yaml", SFTRun)
+    settings = settings_of(run.method)
+    assert settings is not None and settings.name == name
+    assert trained_parameters(ModelConfig(), settings) == learns
 
 
 def test_an_adapter_that_does_not_fit_the_start_is_refused_with_both_numbers(base: Path, tmp_path: Path) -> None:
