@@ -217,3 +217,21 @@ def pair_scores(model: GLM, tokenizer: Tokenizer) -> PairScores:
     rows, _ = loss_positions(batch)
     sums = torch.zeros(len(samples)).index_add_(0, rows, logprobs)
     return PairScores.of_answers(sums, torch.bincount(rows))
+
+
+def test_checkpointing_repeats_the_dropout_of_pefts_layers(model: Any, tokenizer: Tokenizer) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["dense_h_to_4h"], lora_dropout=0.5, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).train()
+    row = feature(*parts(tokenizer, *ROUNDS[0]))
+    inputs = {name: torch.tensor([row[name]]) for name in ("input_ids", "labels")}
+    gradients = []
+    for checkpointing in (False, True):
+        model.transformer.gradient_checkpointing = checkpointing
+        adapted.zero_grad()
+        torch.manual_seed(1)
+        adapted(**inputs).loss.backward()
+        gradients.append([value.grad for value in adapted.parameters() if value.requires_grad])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)

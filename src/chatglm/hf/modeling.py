@@ -37,6 +37,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel, Network):
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True) -> None:
         super().__init__(config)
         self.build(config.description)
+        self.has_dropout = True  # PEFT may put some into the layers
         if config.pre_seq_len is not None:
             self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "prefix_encoder"]
             for part in self.prefix_encoder.modules():
