@@ -169,7 +169,7 @@ class Demo:
             lambda r: f"{fall(r)}, held out {r.evaluation['evaluation_loss']:.2f}",
             **sizes, **{
                 "model.tokenizer": str(self.out / "tokenizer"), "data.train": str(data / "text"),
-                "data.held_out_rows": 8, "batch.rows": 16, "steps": self.steps(200), "optimizer.lr": 4e-3,
+                "data.held_out_rows": 8, "batch.rows": 16, "steps": self.steps(300), "optimizer.lr": 4e-3,
                 "schedule.warmup": 10, "stability.embedding_shrink": 1.0, "stability.loss_factor": 0.0,
                 "evaluate.rows": 8,
             },
@@ -179,7 +179,7 @@ class Demo:
             fall,
             **{
                 "model.source": str(first.model), "data.train": [str(data / "chat"), str(data / "text")],
-                "data.held_out_rows": 8, "batch.rows": 16, "steps": self.steps(400), "optimizer.lr": 3e-3,
+                "data.held_out_rows": 8, "batch.rows": 16, "steps": self.steps(1_200), "optimizer.lr": 3e-3,
                 "schedule.warmup": 10, "schedule.floor": 0.05, "evaluate.every": 0,
             },
         )  # fmt: skip
