@@ -107,7 +107,7 @@ def test_a_killed_replica_breaks_its_stream_and_is_replaced_while_the_other_serv
 
     with ThreadPoolExecutor(1) as pool:  # a drain lets a stream finish, and refuses what is new in the common shape
         running = pool.submit(server.post, CHAT, {**LONG, "max_tokens": 120})
-        until(lambda: sum(has_begun(server) for _ in range(4)) > 0, "the stream", PATIENCE_S)
+        until(lambda: running.done() or any(has_begun(server) for _ in range(4)), "the stream", PATIENCE_S)
         server.process.send_signal(signal.SIGTERM)
         until(lambda: server.status("/ready") != 200, "the drain", PATIENCE_S)
         assert running.result().status_code == 200 and "[DONE]" in running.result().text
