@@ -28,27 +28,28 @@ ARGUMENTS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> str:
     if CHROMIUM is None:
         pytest.skip("there is no `chromium` on this machine: the page is not tested in a browser")
     return CHROMIUM
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def playwright(chromium: str) -> Iterator[Any]:
+    """Ended with its module: while it lives, this thread has a running event loop that other tests would trip over."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as running:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("feedback") / "feedback.db"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def web(chromium: str, db: Path) -> Iterator[ServerProcess]:
     """One server with the page and a feedback file."""
     server = ServerProcess("--web", "--feedback-db", str(db))
@@ -85,7 +86,7 @@ def browse(playwright: Any, chromium: str, tmp_path: Path) -> Iterator[Callable[
             str(profile), executable_path=chromium, args=ARGUMENTS, **options
         )
         contexts.append(context)
-        context.set_default_timeout(60_000)
+        context.set_default_timeout(180_000)
 
         def check(route: Any) -> None:
             if route.request.url.startswith((server.url + "/", "data:", "blob:")):
