@@ -20,7 +20,7 @@ MADV_HUGEPAGE = 14
 def prefer_huge_pages(tensor: Tensor) -> Tensor:
     """Ask for huge pages under a fresh CPU tensor that nothing was written to yet; returns it."""
     nbytes = tensor.numel() * tensor.itemsize
-    advise = _madvise()
+    advise = madvise()
     if advise is not None and tensor.device.type == "cpu" and nbytes >= 2 * HUGE_PAGE:
         start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
         length = (tensor.data_ptr() + nbytes - start) // HUGE_PAGE * HUGE_PAGE
@@ -29,7 +29,8 @@ def prefer_huge_pages(tensor: Tensor) -> Tensor:
 
 
 @functools.cache
-def _madvise() -> Any:
+def madvise() -> Any:
+    """The C library's `madvise(start, length, advice)`, or None where there is none."""
     if sys.platform != "linux":
         return None
     try:

@@ -7,16 +7,14 @@ on ext4 with large folios: kernels stream mapped codes as fast as huge anonymous
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import mmap
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .huge_pages import madvise
 from .reading import torch_dtype
 from .tensor_file import ITEM_BYTES, TensorEntry
 
@@ -51,22 +49,10 @@ class MappedFiles:
 
 def _read_in(tensor: Tensor) -> None:
     """Bring the pages under a mapped tensor into memory now, in large reads, rather than one by one when used."""
-    advise = _madvise()
+    advise = madvise()
     if advise is None:
         return
     start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     length = tensor.data_ptr() + tensor.numel() - start
     if advise(start, length, MADV_POPULATE_READ):  # Linux before 5.14
         advise(start, length, MADV_WILLNEED)
-
-
-@functools.cache
-def _madvise() -> Any:
-    if sys.platform != "linux":
-        return None
-    try:
-        function = ctypes.CDLL(None).madvise
-    except (OSError, AttributeError):
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    return function

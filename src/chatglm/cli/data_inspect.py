@@ -82,11 +82,7 @@ def summary(found: PreparedSet) -> dict[str, Any]:
     sources = sorted(found.index["sources"], key=lambda source: -source["tokens"])
     return {
         "folder": str(found.folder),
-        "texts": found.text.documents,
-        "text_tokens": found.text.tokens,
-        "samples": found.dialogue.documents,
-        "sample_tokens": found.dialogue.tokens,
-        "bytes": found.text.num_bytes + found.dialogue.num_bytes,
+        **found.amounts,
         "vocab_size": found.index["vocab_size"],
         "layout": found.index["made_of"]["layout"],
         "problems": found.index["problems"]["counts"],

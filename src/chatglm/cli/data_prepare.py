@@ -83,11 +83,7 @@ def summary(found: PreparedSet, seconds: float) -> dict[str, Any]:
     """What was written, for programs."""
     return {
         "folder": str(found.folder),
-        "texts": found.text.documents,
-        "text_tokens": found.text.tokens,
-        "samples": found.dialogue.documents,
-        "sample_tokens": found.dialogue.tokens,
-        "bytes": found.text.num_bytes + found.dialogue.num_bytes,
+        **found.amounts,
         "sources": len(found.sources),
         "left_out": found.index["left_out"],
         "samples_with_dropped_rounds": found.index["samples_with_dropped_rounds"],

@@ -156,6 +156,17 @@ class PreparedSet:
         return self.collection("dialogue")
 
     @property
+    def amounts(self) -> dict[str, int]:
+        """How much of everything the set holds: texts, samples of dialogues, their tokens, and bytes."""
+        return {
+            "texts": self.text.documents,
+            "text_tokens": self.text.tokens,
+            "samples": self.dialogue.documents,
+            "sample_tokens": self.dialogue.tokens,
+            "bytes": self.text.num_bytes + self.dialogue.num_bytes,
+        }
+
+    @property
     def sources(self) -> list[str]:
         """Names of the sources, by index."""
         return [str(source["name"]) for source in self.index["sources"]]
