@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch.nn import functional
 from chatglm.config import ModelConfig
 from chatglm.model import GLM
 from chatglm.model.initialization import initialize
+from chatglm.quantization import swap_linears
+from chatglm.training.head_loss import has_plain_head, plain_head_losses
 from chatglm.training.loss import batch_loss, loss_positions, token_losses
 from chatglm.training.masks import dense_blocked, flex_attend, flex_block_mask
 from chatglm.training.objective import Objective, SpecialIds, fill_spans, generator
@@ -69,9 +72,9 @@ def test_losses_are_the_cross_entropy_of_unshifted_targets(model: GLM) -> None:
 def test_chunks_change_neither_losses_nor_gradients(model: GLM) -> None:
     batch = collate([samples(3), samples(2)])
     results = []
-    for chunk_elements in (1 << 26, 64, 64 * 5):
+    for chunk_bytes in (1 << 28, 64 * 4, 64 * 5 * 4):
         model.zero_grad()
-        losses = token_losses(model, batch, chunk_elements=chunk_elements)
+        losses = token_losses(model, batch, chunk_bytes=chunk_bytes)
         losses.sum().backward()
         results.append((losses.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
     for losses, gradients in results[1:]:
@@ -89,8 +92,46 @@ def test_chunked_head_keeps_no_more_logits_than_a_chunk(model: GLM) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        token_losses(model, batch, chunk_elements=CONFIG.vocab_size * 4)
+        token_losses(model, batch, chunk_bytes=CONFIG.vocab_size * 4 * 4)
     assert not kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_head_has_the_losses_and_gradients_of_autograd(model: GLM, dtype: torch.dtype) -> None:
+    """bf16: the weight's gradient is summed in fp32, so it is no further from fp32's than autograd's is."""
+    random = torch.Generator().manual_seed(1)
+    hidden = torch.randn(40, CONFIG.hidden_size, generator=random)
+    targets = torch.randint(CONFIG.vocab_size, (40,), generator=random)
+    upstream = torch.rand(40, generator=random)
+
+    def made(head: Callable[[torch.Tensor], torch.Tensor], of: torch.dtype) -> list[torch.Tensor]:
+        states = hidden.to(of, copy=True).requires_grad_()
+        model.zero_grad()
+        losses = head(states)
+        (losses * upstream).sum().backward()
+        return [losses.detach(), states.grad.float(), model.lm_head.weight.grad.clone()]
+
+    def by_autograd(states: torch.Tensor) -> torch.Tensor:
+        parts = zip(states.split(7), targets.split(7), strict=True)
+        return torch.cat([functional.cross_entropy(model.logits(part), by, reduction="none") for part, by in parts])
+
+    def ours(states: torch.Tensor) -> torch.Tensor:
+        return plain_head_losses(states, model.lm_head.weight, targets, rows=7)
+
+    expected = made(by_autograd, torch.float32)
+    found = made(ours, dtype)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected)
+        return
+    theirs = made(by_autograd, dtype)
+    for own, other, true in zip(found, theirs, expected, strict=True):
+        assert torch.linalg.vector_norm(own - true) <= 1.05 * torch.linalg.vector_norm(other - true)
+
+
+def test_a_quantised_head_takes_the_general_way(model: GLM) -> None:
+    assert has_plain_head(model)
+    swap_linears(model, 8, embeddings=True, group_size=0, embedding_bits=8)
+    assert not has_plain_head(model)
 
 
 def test_packed_documents_have_the_losses_they_have_alone(model: GLM) -> None:
@@ -144,9 +185,9 @@ def test_one_dimensional_positions_are_read_by_models_that_have_them() -> None:
     torch.testing.assert_close(batch_loss(model, batch).mean(), expected)
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 26, 128], ids=["whole", "chunked"])
+@pytest.mark.parametrize("chunk_bytes", [1 << 28, 2 * 64 * 8], ids=["whole", "chunked"])
 def test_the_gradient_of_the_whole_loss_equals_finite_differences(
-    model: GLM, chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    model: GLM, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The worked example in fp64: every parameter tensor along three random directions."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # where the model asks for fp32 it gets fp64
@@ -154,7 +195,7 @@ def test_the_gradient_of_the_whole_loss_equals_finite_differences(
     batch = collate([[worked_example()]])
 
     def loss() -> torch.Tensor:
-        return batch_loss(model, batch, chunk_elements=chunk_elements).mean()
+        return batch_loss(model, batch, chunk_bytes=chunk_bytes).mean()
 
     value = loss()
     assert value.dtype == torch.float64

@@ -18,7 +18,8 @@ from ..config import ModelConfig
 from ..engine.placement import choose_device
 from .adapters.costs import layer_elements
 from .adapters.settings import settings_of
-from .loss import CHUNK_ELEMENTS
+from .attending import has_flex
+from .loss import CHUNK_BYTES
 from .metrics import flops_per_token, peak_flops
 from .preparing import precision_of
 from .run_config import RunConfig
@@ -41,7 +42,7 @@ class Forecast:
     states       master weights, gradients, optimiser
     frozen       weights that do not learn
     activations  kept for the backward pass of one micro-batch, with the narrow copies of weights
-    head         fp32 logits of one chunk and their gradient
+    head         logits of one chunk and their gradient, and the weight's where it learns
     disk         one checkpoint, all processes together
     """
 
@@ -134,17 +135,23 @@ def activation_bytes(run: RunConfig, config: ModelConfig, precision: str, *, sha
     layer = int(tokens * hidden * elements * item / shares)
     layer_parameters = (config.num_parameters - config.vocab_size * hidden) // layers
     narrow = layer_parameters * item // shares if adapter is None and precision != "fp32" else 0
-    mask = run.batch.micro_rows * run.batch.length**2  # bool, of the dense mask
+    device = torch.device(choose_device(run.compute.device))
+    mask = 0 if has_flex(device, config) else run.batch.micro_rows * run.batch.length**2  # bool
     if run.compute.checkpointing:
         return layers * tokens * hidden * item + layer + narrow + mask
     return layers * (layer + narrow) + mask
 
 
 def head_bytes(run: RunConfig, config: ModelConfig, precision: str) -> int:
-    """Logits of a chunk: fp32, their log-softmax and their gradient, and the narrow ones of a narrow run."""
+    """One chunk's logits, their exponentials and their gradient. Where the weight learns: its narrow copy in a narrow
+    run, and a micro-batch's share of its gradient.
+    """
     positions = run.batch.micro_rows * run.batch.length
-    elements = min(positions * config.vocab_size, CHUNK_ELEMENTS)
-    return elements * (4 * 3 + (0 if precision == "fp32" else _ITEM[precision] * 2))
+    item = _ITEM[precision]
+    chunk = 3 * min(positions * config.vocab_size * item, CHUNK_BYTES)
+    if settings_of(run.method) is not None:
+        return chunk
+    return chunk + config.vocab_size * config.hidden_size * (4 + (0 if precision == "fp32" else item))
 
 
 def lines_of(told: Forecast) -> Iterator[str]:

@@ -16,11 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from chatglm.model.attention import Attend, plain_attention
 
+from .head_loss import has_plain_head, plain_head_losses
 from .masks import dense_blocked
 from .samples import IGNORE, Batch
 
-CHUNK_ELEMENTS = 1 << 26
-"""fp32 logits held at once: 256 MB, which is 514 positions of ChatGLM-6B's 130,528 rows."""
+CHUNK_BYTES = 1 << 28
+"""Logits held at once: 256 MB, which is 514 positions of ChatGLM-6B's 130,528 rows in fp32, 1,028 in bf16."""
 
 
 class Trainable(Protocol):
@@ -59,14 +60,14 @@ def token_losses(
     *,
     blocked: Tensor | None = None,
     attend: Attend = plain_attention,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> Tensor:
     """Losses in nats at the loss positions of a batch, fp32 [n], in the order of `loss_positions`.
 
     blocked  None: `dense_blocked(batch)`, or nothing where `attend` brings its own mask (masks.flex_attend)
     """
     hidden = hidden_states(model, batch, blocked=blocked, attend=attend)
-    return head_losses(model, hidden[batch.targets != IGNORE], batch.targets[batch.targets != IGNORE], chunk_elements)
+    return head_losses(model, hidden[batch.targets != IGNORE], batch.targets[batch.targets != IGNORE], chunk_bytes)
 
 
 def batch_loss(
@@ -75,10 +76,10 @@ def batch_loss(
     *,
     blocked: Tensor | None = None,
     attend: Attend = plain_attention,
-    chunk_elements: int = CHUNK_ELEMENTS,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> LossSum:
     """Sum and count over the loss positions of one micro-batch."""
-    losses = token_losses(model, batch, blocked=blocked, attend=attend, chunk_elements=chunk_elements)
+    losses = token_losses(model, batch, blocked=blocked, attend=attend, chunk_bytes=chunk_bytes)
     return LossSum(losses.sum(), losses.numel())
 
 
@@ -93,16 +94,18 @@ def hidden_states(
     return hidden
 
 
-def head_losses(model: Trainable, hidden: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+def head_losses(model: Trainable, hidden: Tensor, targets: Tensor, chunk_bytes: int = CHUNK_BYTES) -> Tensor:
     """Losses fp32 [n] of hidden states [n, hidden] against targets [n].
 
-    The head runs over as many positions at once as `chunk_elements` fp32 logits; where gradients are wanted a chunk's
+    The head runs over as many positions at once as `chunk_bytes` hold logits; where gradients are wanted a chunk's
     logits are computed again in the backward pass instead of being kept.
     """
     vocab = int(getattr(model.config, "vocab_size", 1))
-    rows = max(1, chunk_elements // vocab)
+    rows = max(1, chunk_bytes // (vocab * hidden.element_size()))
     if len(targets) == 0:
         return hidden.sum(dim=-1).float()  # [0], still part of the graph
+    if has_plain_head(model):
+        return plain_head_losses(hidden, model.lm_head.weight, targets, rows)  # type: ignore[attr-defined]
     needs_gradient = torch.is_grad_enabled() and len(targets) > rows
 
     def losses(part: Tensor, wanted: Tensor) -> Tensor:
