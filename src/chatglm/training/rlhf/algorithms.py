@@ -69,17 +69,20 @@ class PPO:
         return self.settings.value_warmup
 
     @torch.no_grad()
-    def targets(
-        self, model: nn.Module, experience: Experience, beta: float
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Advantages, values and returns of every action."""
+    def values(self, model: nn.Module, experience: Experience) -> Tensor:
+        """What the value model expects before every action."""
         assert isinstance(model, PolicyAndValue)
-        parts = []
+        parts = [torch.empty(0)]
         for numbers in by_tokens([len(sample) for sample in experience.samples], MOST_TOKENS):
             batch = one_a_row(experience.samples[n] for n in numbers).to(model.policy.device)
             scored = score_actions(model.policy, batch, attend=self.attend)
             parts.append(action_values(model.value, scored, batch, attend=self.attend).cpu())
-        found = ppo_targets(experience, torch.cat(parts), beta, self.settings)
+        return torch.cat(parts)
+
+    def targets(self, experience: Experience, beta: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Advantages, values and returns of every action."""
+        assert experience.values is not None
+        found = ppo_targets(experience, experience.values, beta, self.settings)
         assert found.values is not None and found.returns is not None
         named = {"advantages": found.advantages, "values": found.values, "returns": found.returns}
         return named, {**value_metrics(found), "advantage_std": found.advantages.std(correction=0).item()}
@@ -116,9 +119,10 @@ class Group:
     def warm_up_steps(self) -> int:
         return 0
 
-    def targets(
-        self, model: nn.Module, experience: Experience, beta: float
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def values(self, model: nn.Module, experience: Experience) -> None:
+        """None: the other answers to a prompt are the baseline."""
+
+    def targets(self, experience: Experience, beta: float) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Advantage and part of every answer; RLOO learns from whole answers, GRPO from their actions."""
         found = group_targets(experience, beta, self.settings)
         figures = {

@@ -28,6 +28,7 @@ from ..preparing import DTYPES, precision_of
 from ..run_config import AT_LEAST_1, ModelSettings, OptimizerSettings, RunConfig
 from ..samples import Batch
 from ..settings import in_range
+from ..sharding import World, joined
 from ..starting import EMBEDDED, starting_model, starting_tokenizer
 from ..task import Stream, StreamSource, Task
 from ..text_stage import opened
@@ -37,13 +38,14 @@ from .experience import RewardFunction, RewardRules
 from .guards import Guards, clip_rewards
 from .online import Online, OnlineSettings
 from .online_evaluation import Evaluation, said
-from .online_stage import OnlineData, RewardChoice, prompts_of, reward_of
+from .online_stage import OnlineData, RewardChoice, check_whole, kept_whole, prompts_of, reward_of
 from .pairs import permutation
 from .policy import glm_in
 from .reward import load_reward_model
 from .reward_stage import calm
 from .rloo import GroupSettings
-from .rollout import Prompt
+from .rollout import Answer, Prompt, RolloutRate
+from .sharing import from_all, own_stretch
 
 REPORT = "bootstrap-report.json"
 ROUND = "round.json"
@@ -94,6 +96,7 @@ def check_bootstrap(config: BootstrapRun) -> None:
         )
     if not config.reward.model and not config.reward.judge:
         raise TrainingError("nothing scores the answers", cure="reward: {model: FOLDER}, or a rule in reward.judge")
+    check_whole(config)
     if config.steps is None:
         raise TrainingError("`steps` of a round are missing", cure="steps: 100")
 
@@ -101,21 +104,30 @@ def check_bootstrap(config: BootstrapRun) -> None:
 def run(config: BootstrapRun, *, progress: Say | None = None, restart: bool = False) -> Report:
     """All rounds; `OUT/model` is the last one's."""
     check_bootstrap(config)
-    say = progress or (lambda text: None)
+    with joined(config.parallel, config.compute) as world:
+        report = _in_group(kept_whole(config), progress or (lambda text: None), world, restart)
+        world.barrier()  # the model's folder is there when any process says so
+    return report
+
+
+def _in_group(config: BootstrapRun, say: Say, world: World, restart: bool) -> Report:
+    """The rounds within the group of the run's processes, which share every draw."""
     policy = starting_model(config.model, config.seed).to(own_device(config))
     tokenizer = starting_tokenizer(config.model, policy.config)
-    bootstrap = Bootstrap(config, policy, tokenizer, say)
+    bootstrap = Bootstrap(config, policy, tokenizer, say, world)
     report = bootstrap.run(restart=restart)
     if report.finished and config.export.enabled:
-        report.model = _copied(config.out / f"round-{config.bootstrap.rounds}" / "model", config.out / "model")
+        report.model = config.out / "model"
+        if world.is_first:
+            _copied(config.out / f"round-{config.bootstrap.rounds}" / "model", report.model)
     return report
 
 
 class Bootstrap:
     """The rounds of a run over one policy, whose weights are trained in place."""
 
-    def __init__(self, config: BootstrapRun, policy: GLM, tokenizer: Tokenizer, say: Say) -> None:
-        self.config, self.policy, self.tokenizer, self.say = config, policy, tokenizer, say
+    def __init__(self, config: BootstrapRun, policy: GLM, tokenizer: Tokenizer, say: Say, world: World) -> None:
+        self.config, self.policy, self.tokenizer, self.say, self.world = config, policy, tokenizer, say, world
         settings = config.bootstrap
         prompts, held = prompts_of(config.data, config.seed, settings.max_new, tokenizer, policy.config)
         self.prompts: Sequence[Prompt] = prompts
@@ -138,10 +150,8 @@ class Bootstrap:
             report = self.round(number, restart=restart)
             if not report.finished:
                 break
-        write_whole(
-            self.config.out / REPORT,
-            (json.dumps({"before": first, "rounds": self.figures}, indent=2, ensure_ascii=False) + "\n").encode(),
-        )
+        facts = {"before": first, "rounds": self.figures}
+        self._write(self.config.out / REPORT, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
         report.evaluation = {**report.evaluation, **(self.figures[-1] if self.figures else {})}
         return report
 
@@ -149,11 +159,12 @@ class Bootstrap:
         """Sample, keep, train, evaluate; what was kept is written down first, so that an interruption costs no draw."""
         config, folder = self.config, self.config.out / f"round-{number}"
         start = copy_of(self.policy)
-        if restart and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        if self.world.is_first:
+            if restart and folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
         kept, found = self.keep(number)
-        write_whole(folder / KEPT, "".join(_line(one) for one in kept).encode())
+        self._write(folder / KEPT, "".join(_line(one) for one in kept))
         if not kept:
             raise TrainingError(
                 f"round {number} kept no answer of {int(found['answers'])}: none was above its prompt's median",
@@ -172,7 +183,7 @@ class Bootstrap:
         found |= self._after(start)
         found |= {"round": number, "bound": best_of_n_bound(config.bootstrap.answers)}
         self.figures.append(found)
-        write_whole(folder / ROUND, (json.dumps(found, indent=2) + "\n").encode())
+        self._write(folder / ROUND, json.dumps(found, indent=2) + "\n")
         self.say(f"round {number}: " + said(found))
         return report
 
@@ -182,19 +193,34 @@ class Bootstrap:
         count = min(settings.prompts or len(self.prompts), len(self.prompts))
         order = permutation(len(self.prompts), config.seed, number)
         prompts = [self.prompts[int(place)] for place in order[:count]]
-        engine = self.evaluation.online.engine
-        before = engine.rate.tokens, engine.rate.seconds
-        answers = engine.sample(prompts, each=settings.answers, seed=config.seed * 1_000_003 + number)
-        asked, ids = [answer.prompt for answer in answers], [answer.ids for answer in answers]
-        scores = clip_rewards(self.reward(asked, ids).float(), config.guards.reward_clip)
+        parts = from_all(lambda: self._own_part(prompts, config.seed * 1_000_003 + number))
+        answers = [answer for part, _, _ in parts for answer in part]
+        scores = torch.cat([part for _, part, _ in parts])
+        tokens, seconds = sum(rate.tokens for _, _, rate in parts), max(rate.seconds for _, _, rate in parts)
         kept = keep_best(answers, scores, settings.answers, settings.margin)
         return kept, {
             "answers": float(len(answers)),
             "kept": float(len(kept)),
             "reward_drawn": scores.mean().item(),
             "reward_kept": sum(one.score for one in kept) / max(1, len(kept)),
-            "rollout_tokens_per_s": (engine.rate.tokens - before[0]) / max(engine.rate.seconds - before[1], 1e-9),
+            "rollout_tokens_per_s": tokens / max(seconds, 1e-9),
         }
+
+    def _own_part(self, prompts: Sequence[Prompt], seed: int) -> tuple[list[Answer], torch.Tensor, RolloutRate]:
+        """The answers that this process draws, their scores, and how fast it was."""
+        own, each = own_stretch(len(prompts)), self.config.bootstrap.answers
+        engine = self.evaluation.online.engine
+        before = replace(engine.rate)
+        answers = engine.sample(prompts[own.start : own.stop], each=each, seed=seed, first=own.start * each)
+        scores = torch.empty(0)
+        if answers:
+            asked, ids = [answer.prompt for answer in answers], [answer.ids for answer in answers]
+            scores = clip_rewards(self.reward(asked, ids).float(), self.config.guards.reward_clip)
+        return answers, scores, RolloutRate(engine.rate.tokens - before.tokens, engine.rate.seconds - before.seconds)
+
+    def _write(self, path: Path, text: str) -> None:
+        if self.world.is_first:
+            write_whole(path, text.encode())
 
     def _after(self, start: GLM) -> dict[str, float]:
         """Figures of the trained policy, against the run's start and against the round's."""

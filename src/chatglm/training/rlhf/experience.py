@@ -89,6 +89,7 @@ class Experience:
     reference  [actions]  log π of the reference
     entropy    [actions]
     answer     [actions]  int64: the answer of each action
+    values     [actions]  of a value model, where there is one
     """
 
     answers: list[Answer]
@@ -100,6 +101,7 @@ class Experience:
     entropy: Tensor
     answer: Tensor
     starts: list[int]
+    values: Tensor | None = None
 
     @property
     def log_ratio(self) -> Tensor:
@@ -115,6 +117,29 @@ class Experience:
         return one_a_row(self.samples[n] for n in numbers)
 
 
+def put_together(parts: Sequence[Experience]) -> Experience:
+    """Stretches of a list of answers as one."""
+    if len(parts) == 1:
+        return parts[0]
+    starts, owners = [0], []
+    for part in parts:
+        owners.append(part.answer + len(starts) - 1)
+        starts += [starts[-1] + place for place in part.starts[1:]]
+    flat = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name in ("rewards", "scores", "logprobs", "reference", "entropy")
+    }
+    values = [part.values for part in parts if part.values is not None]
+    return Experience(
+        answers=[answer for part in parts for answer in part.answers],
+        samples=[sample for part in parts for sample in part.samples],
+        **flat,
+        answer=torch.cat(owners),
+        starts=starts,
+        values=torch.cat(values) if values else None,
+    )
+
+
 def reward_answers(
     answers: Sequence[Answer], reward: RewardFunction, rules: RewardRules, encode: Callable[[str], list[int]]
 ) -> tuple[Tensor, Tensor]:
@@ -122,6 +147,8 @@ def reward_answers(
 
     encode  ids of a reference answer's text
     """
+    if not answers:
+        return torch.empty(0), torch.empty(0)
     prompts = [answer.prompt for answer in answers]
     rewards = clip_rewards(reward(prompts, [answer.ids for answer in answers]).float(), rules.clip)
     scores = rewards
@@ -157,7 +184,7 @@ def gather_experience(
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
-    owner = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts))
+    owner = torch.repeat_interleave(torch.arange(len(samples)), torch.tensor(counts, dtype=torch.int64))
     return Experience(
         answers, samples, rewards, scores, logprobs.cpu(), said.to(logprobs.device).cpu(), entropy.cpu(), owner, starts
     )

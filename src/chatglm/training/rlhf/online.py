@@ -23,11 +23,12 @@ from ..loss import LossSum, batch_loss
 from ..samples import Batch
 from ..settings import in_range
 from ..task import MeteredLoss, Source
-from .experience import Experience, RewardFunction, RewardRules, gather_experience, reward_answers
+from .experience import Experience, RewardFunction, RewardRules, gather_experience, put_together, reward_answers
 from .guards import AdaptiveBeta
 from .pairs import permutation
 from .policy import ActionScores, score_actions
-from .rollout import Answer, Prompt, RolloutEngine
+from .rollout import Answer, Prompt, RolloutEngine, RolloutRate
+from .sharing import from_all, own_stretch
 from .watch import answer_metrics, kl_metrics
 
 logger = logging.getLogger(__name__)
@@ -109,10 +110,12 @@ class Algorithm(Protocol):
         """First steps in which the policy stays as it is."""
         ...
 
-    def targets(
-        self, model: nn.Module, experience: Experience, beta: float
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What each action [actions] or answer [answers] is moved by, and figures of the round."""
+    def values(self, model: nn.Module, experience: Experience) -> Tensor | None:
+        """What a value model says of the actions of some answers of a round, [actions]; None without one."""
+        ...
+
+    def targets(self, experience: Experience, beta: float) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What each action [actions] or answer [answers] of the whole round is moved by, and figures of it."""
         ...
 
     def loss(self, model: nn.Module, scored: ActionScores, batch: OnlineBatch) -> MeteredLoss:
@@ -188,17 +191,18 @@ class Online:
             self.round = self.draw(number)
 
     def draw(self, number: int) -> Round:
-        """Answers, rewards, log-probabilities and targets of round `number`."""
-        count = self.settings.prompts
-        prompts = [self._prompt(number * count + place) for place in range(count)]
+        """Answers, rewards, log-probabilities and targets of round `number`; a collective.
+
+        Each process draws and scores its stretch of the prompts; advantages are those of the whole round.
+        """
         was_training = self.model.training
         self.model.eval()
-        before = self.engine.rate.tokens, self.engine.rate.seconds
-        answers = self.engine.sample(prompts, each=self.algorithm.answers_each, seed=self.seed * 1_000_003 + number)
-        experience = self._experience(answers)
-        targets, figures = self.algorithm.targets(self.model, experience, self.beta.beta)
+        parts = from_all(lambda: self._own_part(number))
         self.model.train(was_training)
-        tokens, seconds = self.engine.rate.tokens - before[0], self.engine.rate.seconds - before[1]
+        experience = put_together([part for part, _ in parts])
+        answers = experience.answers
+        tokens, seconds = sum(rate.tokens for _, rate in parts), max(rate.seconds for _, rate in parts)
+        targets, figures = self.algorithm.targets(experience, self.beta.beta)
         figures = {
             "reward": experience.rewards.mean().item(),
             "reward_std": experience.rewards.std(correction=0).item(),
@@ -286,6 +290,19 @@ class Online:
         """The prompt at a place of the endless order."""
         epoch, index = divmod(number, len(self.prompts))
         return self.prompts[int(permutation(len(self.prompts), self.seed, epoch)[index])]
+
+    def _own_part(self, number: int) -> tuple[Experience, RolloutRate]:
+        """Own answers of a round with all that is said of them, and how fast they were drawn."""
+        count, each = self.settings.prompts, self.algorithm.answers_each
+        own = own_stretch(count)
+        prompts = [self._prompt(number * count + place) for place in own]
+        rate = self.engine.rate
+        before = replace(rate)
+        seed = self.seed * 1_000_003 + number
+        answers = self.engine.sample(prompts, each=each, seed=seed, first=own.start * each)
+        experience = self._experience(answers)
+        experience = replace(experience, values=self.algorithm.values(self.model, experience))
+        return experience, RolloutRate(rate.tokens - before.tokens, rate.seconds - before.seconds)
 
     def _experience(self, answers: list[Answer]) -> Experience:
         rewards, scores = reward_answers(answers, self.reward, self.rules, self.tokenizer.encode)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,10 +17,11 @@ from ...model import GLM, Attend, sdpa_attention
 from ..loss import batch_loss
 from ..metrics import Say
 from ..samples import Batch
-from .experience import RewardFunction, gather_experience
+from .experience import Experience, RewardFunction, gather_experience, put_together
 from .guards import Guards, Watchman, clip_rewards
 from .online import Online
 from .rollout import Answer, Prompt, RolloutEngine, make_prompt
+from .sharing import from_all, own_stretch
 from .watch import answer_metrics, kl_metrics
 
 EVALUATION_SEED = 20_230_315
@@ -56,8 +58,8 @@ class Evaluation:
         reference = self.online.reference
         own = self.online.engine
         engine = RolloutEngine(reference, self.online.tokenizer, own.max_new, batch=own.batch, dtype=own.dtype)
-        self.first = engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
-        self.greedy_at_first = engine.greedy(self.prompts)
+        self.first = self._drawn(engine)
+        self.greedy_at_first = self._greedy(engine)
         if self.general is not None:
             self.general_at_first = general_loss(reference, self.general, attend=self.online.attend)
         return self._judge(self.first, reference)
@@ -65,7 +67,7 @@ class Evaluation:
     def __call__(self) -> dict[str, float]:
         """Figures of the policy now, canaries printed, guards asked."""
         online = self.online
-        answers = online.engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
+        answers = self._drawn(online.engine)
         found = self._judge(answers, online.policy)
         if self.general is not None and self.general_at_first is not None:
             loss = general_loss(online.policy, self.general, attend=online.attend)
@@ -80,11 +82,12 @@ class Evaluation:
     def kl(self, against: GLM) -> float:
         """Nats an answer (k3) between the policy and another model, on the held-out prompts."""
         online = self.online
-        answers = online.engine.sample(self.prompts, seed=EVALUATION_SEED) if self.prompts else []
+        answers = self._drawn(online.engine)
         if not answers:
             return 0.0
-        zeros = torch.zeros(len(answers))
-        seen = gather_experience(online.policy, against, answers, zeros, zeros)
+        own = _own(answers)
+        zeros = torch.zeros(len(own))
+        seen = put_together(from_all(lambda: gather_experience(online.policy, against, own, zeros, zeros)))
         return kl_metrics(seen.log_ratio, seen.answer, len(answers))["kl_k3"]
 
     def after_step(self) -> str | None:
@@ -93,29 +96,48 @@ class Evaluation:
             self.stop_reason = self.stop_reason or self.watchman.after_step(self.online.round.figures)
         return self.stop_reason
 
+    def _drawn(self, engine: RolloutEngine) -> list[Answer]:
+        """An answer to each held-out prompt, of which every process draws some."""
+        own = own_stretch(len(self.prompts))
+        asked = self.prompts[own.start : own.stop]
+        drawn = from_all(lambda: engine.sample(asked, seed=EVALUATION_SEED, first=own.start))
+        return [answer for part in drawn for answer in part]
+
+    def _greedy(self, engine: RolloutEngine) -> list[Answer]:
+        made = from_all(lambda: engine.greedy(_own(self.prompts)))
+        return [answer for part in made for answer in part]
+
     def _judge(self, answers: list[Answer], policy: GLM) -> dict[str, float]:
         if not answers:
             return {}
-        online = self.online
-        prompts, ids = [answer.prompt for answer in answers], [answer.ids for answer in answers]
-        rewards = clip_rewards(online.reward(prompts, ids).float(), self.guards.reward_clip)
-        seen = gather_experience(policy, online.reference, answers, rewards, rewards, attend=online.attend)
+        ids = [answer.ids for answer in answers]
+        parts = from_all(lambda: self._score(_own(answers), policy))
+        seen = put_together([part for part, _ in parts])
         found = {
-            "reward": rewards.mean().item(),
+            "reward": seen.rewards.mean().item(),
             **kl_metrics(seen.log_ratio, seen.answer, len(answers)),
             "entropy": seen.entropy.mean().item(),
             **answer_metrics(ids, [answer.is_finished for answer in answers]),
         }
         if self.alarm is not None:
-            found["alarm_reward"] = (
-                clip_rewards(self.alarm(prompts, ids).float(), self.guards.reward_clip).mean().item()
-            )
+            found["alarm_reward"] = torch.cat([alarm for _, alarm in parts]).mean().item()
         if self.judge is not None:
-            texts, asked = [answer.text for answer in answers], [prompt.text for prompt in prompts]
+            texts, asked = [answer.text for answer in answers], [answer.prompt.text for answer in answers]
             found["judged_rate"] = judged_rate(self.judge, asked, texts)
             if self.first:
                 found["win_rate"] = win_rate(self.judge, asked, texts, [answer.text for answer in self.first]).rate
         return {f"eval_{name}": value for name, value in found.items()}
+
+    def _score(self, answers: list[Answer], policy: GLM) -> tuple[Experience, torch.Tensor]:
+        """Some answers with their rewards and those of the second reward model (empty without one)."""
+        online, limit = self.online, self.guards.reward_clip
+        rewards, alarm = torch.empty(0), torch.empty(0)
+        if answers:
+            prompts, ids = [answer.prompt for answer in answers], [answer.ids for answer in answers]
+            rewards = clip_rewards(online.reward(prompts, ids).float(), limit)
+            if self.alarm is not None:
+                alarm = clip_rewards(self.alarm(prompts, ids).float(), limit)
+        return gather_experience(policy, online.reference, answers, rewards, rewards, attend=online.attend), alarm
 
     def _print_canaries(self) -> None:
         online = self.online
@@ -123,6 +145,15 @@ class Evaluation:
             prompts = [make_prompt(online.tokenizer, text) for text in self.guards.canaries]
             for answer in online.engine.greedy(prompts):
                 self.say(f"  canary {answer.prompt.text!r}: {answer.text!r}")
+
+
+Things = TypeVar("Things", bound=Sequence[Any])
+
+
+def _own(things: Things) -> Things:
+    """The stretch of this process."""
+    own = own_stretch(len(things))
+    return things[own.start : own.stop]  # type: ignore[return-value]
 
 
 SAID = ("kept", "reward_drawn", "reward_kept", "judged_rate", "reward", "kl_k3", "general_loss_up", "answer_length")

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +22,7 @@ from ..metrics import Say
 from ..preparing import DTYPES, precision_of
 from ..run_config import AT_LEAST_0, SHARE, ModelSettings, OptimizerSettings, RunConfig
 from ..samples import Batch
+from ..sharding import joined
 from ..starting import EMBEDDED, starting_config, starting_model, starting_tokenizer
 from ..task import StreamSource, Task
 from ..text_stage import opened
@@ -136,6 +137,7 @@ def run_rloo(config: RLOORun, *, progress: Say | None = None, restart: bool = Fa
     return _run(config, made, progress, restart)
 
 
+Kind = TypeVar("Kind", bound=RunConfig)
 Maker = Callable[[GLM, RewardModel | None], tuple[torch.nn.Module, Algorithm]]
 
 
@@ -147,8 +149,7 @@ def check_online(config: OnlineRun) -> tuple[list[Prompt], list[Prompt]]:
             f"`method.name` is {name}; learning from one's own answers trains all weights",
             cure="method: {name: full}, or merge the adapter first; `chatglm train dpo` takes adapters",
         )
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and (config.parallel.strategy != "ddp" or config.parallel.tensor > 1):
-        raise TrainingError("roll-outs need the whole weights in every process", cure="parallel.strategy: ddp")
+    check_whole(config)
     if not config.data.train:
         raise TrainingError("`data.train` names no file of prompts", cure="data: {train: prompts.jsonl}")
     if not config.reward.model and not config.reward.judge:
@@ -161,8 +162,30 @@ def check_online(config: OnlineRun) -> tuple[list[Prompt], list[Prompt]]:
     return prompts_of(config.data, config.seed, config.online.max_new, tokenizer, described)
 
 
+def check_whole(config: RunConfig) -> None:
+    """Raises TrainingError where the processes would hold parts of the policy: the engine runs whole weights."""
+    if config.parallel.strategy == "fsdp" or config.parallel.tensor > 1:
+        raise TrainingError(
+            "roll-outs need the whole weights in every process, `parallel` asks for parts",
+            cure="parallel: {strategy: ddp, tensor: 1}",
+        )
+
+
+def kept_whole(config: Kind) -> Kind:
+    """The run with the whole policy in every process."""
+    return replace(config, parallel=replace(config.parallel, strategy="ddp"))
+
+
 def _run(config: OnlineRun, made: Maker, progress: Say | None, restart: bool) -> Report:
     prompts, held = check_online(config)
+    with joined(config.parallel, config.compute):
+        return _in_group(kept_whole(config), made, prompts, held, progress, restart)
+
+
+def _in_group(
+    config: OnlineRun, made: Maker, prompts: list[Prompt], held: list[Prompt], progress: Say | None, restart: bool
+) -> Report:
+    """The run within the group of its processes, which share every draw."""
     say = progress or (lambda text: None)
     device = own_device(config)
     policy = starting_model(config.model, config.seed).to(device)

@@ -97,6 +97,8 @@ def action_logprobs(
     model: GLM, samples: Sequence[Sample], *, attend: Attend = sdpa_attention, most_tokens: int = 16_384
 ) -> tuple[Tensor, Tensor]:
     """Log π and entropy of every action of these samples, one sample after the other; fp32 [actions] each."""
+    if not samples:
+        return torch.empty(0), torch.empty(0)
     parts = [
         score_actions(model, one_a_row(samples[n] for n in numbers).to(model.device), attend=attend)
         for numbers in by_tokens([len(sample) for sample in samples], most_tokens)

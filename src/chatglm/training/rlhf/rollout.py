@@ -156,13 +156,14 @@ class RolloutEngine:
     _capacity: int = 0
     _twin: GLM | None = None
 
-    def sample(self, prompts: Sequence[Prompt], *, each: int = 1, seed: int = 0) -> list[Answer]:
+    def sample(self, prompts: Sequence[Prompt], *, each: int = 1, seed: int = 0, first: int = 0) -> list[Answer]:
         """`each` answers for every prompt, one prompt's together, drawn from the policy's own distribution.
 
+        first  place of the first answer among those that all processes draw with this seed
         An answer depends on the weights, its place and the seed alone, never on how the batch was cut.
         """
         asked = [prompt for prompt in prompts for _ in range(each)]
-        return self._run(asked, DRAWN, [self._seed(seed, number) for number in range(len(asked))])
+        return self._run(asked, DRAWN, [self._seed(seed, first + number) for number in range(len(asked))])
 
     def greedy(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """The most likely answer of each prompt, for evaluations and canaries."""
@@ -172,6 +173,8 @@ class RolloutEngine:
         return (seed * 1_000_003 + number) % (2**63 - 1)
 
     def _run(self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]) -> list[Answer]:
+        if not prompts:
+            return []
         was_training = self.model.training
         self.model.eval()
         streams = [self._stream(prompt, params, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
