@@ -9,12 +9,14 @@ GLM-130B §2.1). Pre-LN models follow GLM (ACL 2022): normal(0, 0.02), output ma
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .block import Block
 from .glm import GLM
+from .linear import Linear
 
 EMBEDDING_STD = 0.02
 
@@ -22,34 +24,53 @@ EMBEDDING_STD = 0.02
 @torch.no_grad()
 def initialize(model: GLM, seed: int) -> None:
     """Draw every parameter of `model` in place, reproducibly from `seed`."""
+    places = dict(model.named_parameters())
+    for name, value in initial_values(model, seed, model.device):
+        places[name].copy_(value)
+
+
+@torch.no_grad()
+def initial_values(model: GLM, seed: int, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """What `initialize` draws, by name, one parameter at a time; the model gives names and shapes and may be empty."""
     config = model.config
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     is_deepnorm = config.norm_order == "post_scaled"
     small = (2 * config.num_layers) ** -0.5
+    smaller = {id(linear) for layer in model.transformer.layers for linear in _drawn_small(layer, is_deepnorm)}
 
-    def draw(weight: torch.Tensor, gain: float) -> None:
+    def like(weight: Tensor) -> Tensor:
+        return torch.empty(weight.shape, dtype=weight.dtype, device=device)
+
+    def draw(weight: Tensor, gain: float) -> Tensor:
         fan_out, fan_in = weight.shape
         std = gain * math.sqrt(2 / (fan_in + fan_out)) if is_deepnorm else gain * EMBEDDING_STD
-        weight.normal_(0, std, generator=generator)
+        return like(weight).normal_(0, std, generator=generator)
 
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1)
-            module.bias.zero_()
+            yield f"{name}.weight", like(module.weight).fill_(1)
+            yield f"{name}.bias", like(module.bias).zero_()
         elif isinstance(module, nn.Embedding):
-            module.weight.normal_(0, EMBEDDING_STD, generator=generator)
+            yield f"{name}.weight", like(module.weight).normal_(0, EMBEDDING_STD, generator=generator)
         elif isinstance(module, nn.Linear) and module is not model.lm_head:
-            draw(module.weight, 1.0)
+            value = draw(module.weight, 1.0)
+            if is_deepnorm and name.endswith("query_key_value"):
+                layout = (config.num_heads, 3, -1) if config.qkv_layout == "per_head" else (1, 3, -1)
+                value.unflatten(0, layout)[:, 2].mul_(small)  # the value rows
+            if id(module) not in smaller:
+                yield f"{name}.weight", value
             if module.bias is not None:
-                module.bias.zero_()
+                yield f"{name}.bias", like(module.bias).zero_()
     if not config.tied_head:
-        model.lm_head.weight.normal_(0, EMBEDDING_STD, generator=generator)
+        yield "lm_head.weight", like(model.lm_head.weight).normal_(0, EMBEDDING_STD, generator=generator)
+    names = {id(module): name for name, module in model.named_modules()}
     for layer in model.transformer.layers:
-        assert isinstance(layer, Block)
-        draw(layer.attention.dense.weight, small)
-        draw(layer.mlp.dense_4h_to_h.weight, small)
-        if is_deepnorm:
-            draw(layer.mlp.dense_h_to_4h.weight, small)
-            weight = layer.attention.query_key_value.weight
-            layout = (config.num_heads, 3, -1) if config.qkv_layout == "per_head" else (1, 3, -1)
-            weight.unflatten(0, layout)[:, 2].mul_(small)  # the value rows
+        for linear in _drawn_small(layer, is_deepnorm):
+            yield f"{names[id(linear)]}.weight", draw(linear.weight, small)
+
+
+def _drawn_small(layer: nn.Module, is_deepnorm: bool) -> list[Linear]:
+    """The linears of a layer whose outputs are added to the residual stream, and with DeepNorm all of the MLP's."""
+    assert isinstance(layer, Block)
+    residual: list[Linear] = [layer.attention.dense, layer.mlp.dense_4h_to_h]
+    return [*residual, layer.mlp.dense_h_to_4h] if is_deepnorm else residual

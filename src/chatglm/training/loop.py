@@ -20,6 +20,7 @@ from torch import nn
 from ..checkpoint.atomic import write_whole
 from ..errors import TrainingError
 from .export import export
+from .filling import give_memory
 from .gathering import Collected, Reader, Timer, share_of
 from .loss import LossSum
 from .metrics import MetricsLog, Say, flops_per_token, line_of, peak_flops
@@ -28,7 +29,7 @@ from .preparing import DTYPES, precision_of, prepare
 from .run_config import RunConfig
 from .schedules import learning_rate_factor, on_lines, rows_at, steps_for
 from .settings import as_mapping, as_yaml
-from .sharding import Forward, World, divided_by, joined, over_processes, share_matrices, without_sum
+from .sharding import Forward, World, divided_by, glms, joined, over_processes, share_matrices, without_sum
 from .stability import Verdict, Watch
 from .state import Checkpoints, Place, tensors_of
 from .stopping import StopSignal
@@ -104,10 +105,15 @@ class Trainer:
         self.say: Say = progress if progress is not None and world.is_first else lambda line: None
         self.device = world.device
         self.precision = precision_of(run.compute, self.device)
-        model = _in_fp32(task.model).to(self.device)
+        model = _in_fp32(task.model)
+        if task.fill is None:
+            model.to(self.device)
         share_matrices(model, world)
         self.hook = prepare(model, run.compute, self.device)
         self.module = over_processes(Forward(model, task.loss), world, DTYPES[self.precision])
+        if task.fill is not None:
+            give_memory(self.module, glms(model), self.device)
+            task.fill(model)
         self.model = model
         self.optimizer = make_optimizer(model, run.optimizer)
         self.parameters = trained(model)

@@ -17,6 +17,7 @@ from .adapters.lora import add_lora, lora_config
 from .adapters.prefix import add_prefix, prefixed
 from .adapters.saving import base_name, save_lora, save_prefix
 from .adapters.settings import LoraSettings, PtuningSettings, settings_of
+from .filling import Fill, empty_model, fill, is_shared_out
 from .run_config import RunConfig
 from .starting import starting_model
 
@@ -26,10 +27,12 @@ class Tuned:
     """A model ready for the loop: what learns has `requires_grad`.
 
     exported  writes `OUT/model` where that is no plain checkpoint (adapters); None: the GLM's weights
+    fill      of a model that is still empty: see task.Task
     """
 
     model: nn.Module
     exported: Callable[[Path], object] | None = None
+    fill: Fill | None = None
 
     @property
     def glm(self) -> GLM:
@@ -66,9 +69,15 @@ METHODS: dict[str, Callable[[RunConfig], Tuned]] = {
 """By the `name` of the `method` section; its other keys belong to the method."""
 
 
-def tuned(run: RunConfig) -> Tuned:
-    """The model of a run under its method. Raises TrainingError for an unknown one, with the nearest name."""
-    return METHODS[method_name(run)](run)
+def tuned(run: RunConfig, *, may_be_empty: bool = False) -> Tuned:
+    """The model of a run under its method. Raises TrainingError for an unknown one, with the nearest name.
+
+    may_be_empty  on the meta device, with `fill`, where all weights learn and the processes will share them out
+    """
+    name = method_name(run)
+    if may_be_empty and name == "full" and is_shared_out(run):
+        return Tuned(empty_model(run.model), fill=partial(fill, settings=run.model, seed=run.seed))
+    return METHODS[name](run)
 
 
 def method_name(run: RunConfig) -> str:

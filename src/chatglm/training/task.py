@@ -60,6 +60,7 @@ class Task:
     """One stage's part of a run.
 
     model          what is trained, with a GLM somewhere inside; only parameters with `requires_grad` are
+    fill           gives values to a model on the meta device, once the processes have shared it out (filling.py)
     loss           called inside the loop's own forward, so that sharded parameters are whole there
     source         the rows
     held_out       rows that `evaluate.rows` are taken of, scored by `loss`; None: none
@@ -81,6 +82,7 @@ class Task:
     on_resume: Callable[[Path], None] | None = None
     exported: Callable[[Path], object] | None = None
     stops: Callable[[], str | None] | None = None
+    fill: Callable[[nn.Module], None] | None = None
 
     @property
     def glm(self) -> GLM:

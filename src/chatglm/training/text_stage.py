@@ -111,7 +111,7 @@ def named_loss(model: nn.Module, named: NamedBatch) -> MeteredLoss:
 
 def text_task(run: TextRun, *, check: Callable[[Stream], None] | None = None) -> Task:
     """Model, data and loss of a run. Raises TrainingError where they do not fit each other."""
-    made: Tuned = tuned(run)
+    made: Tuned = tuned(run, may_be_empty=True)
     config = made.glm.config
     _check_length(run.batch.length, config)
     stream = opened(run.data.train, run, config, "data.train")
@@ -123,7 +123,7 @@ def text_task(run: TextRun, *, check: Callable[[Stream], None] | None = None) ->
     elif run.data.held_out_rows:
         stream, rows = hold_out(stream, run.data.held_out_rows)
         held_out = NamedSource(rows)
-    return Task(made.model, named_loss, NamedSource(stream), held_out, exported=made.exported)
+    return Task(made.model, named_loss, NamedSource(stream), held_out, exported=made.exported, fill=made.fill)
 
 
 def opened(data: tuple[Any, ...], run: RunConfig, config: ModelConfig, key: str) -> Stream:
