@@ -20,7 +20,7 @@ from chatglm.training.filling import empty_model, fill, is_shared_out
 from chatglm.training.loop import train
 from chatglm.training.loss import batch_loss
 from chatglm.training.methods import tuned
-from chatglm.training.optimizer import trained
+from chatglm.training.optimizer import gradient_norms, trained
 from chatglm.training.run_config import ModelSettings, RunConfig
 from chatglm.training.starting import starting_model
 from chatglm.training.task import ListSource, Task
@@ -170,3 +170,34 @@ def test_one_process_and_whole_copies_load_as_ever(folder: Path, monkeypatch: py
     assert not is_shared_out(run)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert is_shared_out(run) and not is_shared_out(run_of(folder, "floats", "ddp"))
+
+
+def test_a_gradient_in_strides_counts_on_both_axes_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP over tensor parallel: every axis that holds parts has to be summed over, or norm and clipping are wrong."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor.placement_types import Shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
+        linear = torch.nn.Linear(4, 4, bias=False)
+        rows = distribute_tensor(linear.weight.detach(), mesh["tensor"], [Shard(0)])
+        linear.weight = torch.nn.Parameter(rows)
+        fully_shard(linear, mesh=mesh["data"])
+        weight = linear.weight
+        assert isinstance(weight, DTensor)
+        weight.grad = torch.ones_like(weight)
+        summed: list[object] = []
+        reduce = torch.distributed.all_reduce
+
+        def noted(tensor: torch.Tensor, group: object = None) -> None:
+            summed.append(group)
+            reduce(tensor, group=group)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", noted)
+        assert gradient_norms({"weight": weight}).total == pytest.approx(4)
+        assert summed == [mesh.get_group("data"), mesh.get_group("tensor")]
+    finally:
+        torch.distributed.destroy_process_group()

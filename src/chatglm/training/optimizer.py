@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from .run_config import OptimizerSettings
 
@@ -96,5 +96,5 @@ def _shards(gradient: Tensor) -> tuple[Any, tuple[int, ...]]:
     """The mesh of a gradient, and the axes of the mesh over which it lies in parts."""
     if not isinstance(gradient, DTensor):
         return None, ()
-    placements = gradient.placements
-    return gradient.device_mesh, tuple(i for i, place in enumerate(placements) if isinstance(place, Shard))
+    placements = gradient.placements  # rows in strides, as of FSDP over tensor parallel, are no `Shard`
+    return gradient.device_mesh, tuple(i for i, place in enumerate(placements) if not place.is_replicate())
