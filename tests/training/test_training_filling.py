@@ -175,19 +175,14 @@ def test_one_process_and_whole_copies_load_as_ever(folder: Path, monkeypatch: py
 def test_a_gradient_in_strides_counts_on_both_axes_of_the_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     """FSDP over tensor parallel: every axis that holds parts has to be summed over, or norm and clipping are wrong."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor, distribute_tensor
-    from torch.distributed.tensor.placement_types import Shard
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Shard, _StridedShard
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data", "tensor"))
-        linear = torch.nn.Linear(4, 4, bias=False)
-        rows = distribute_tensor(linear.weight.detach(), mesh["tensor"], [Shard(0)])
-        linear.weight = torch.nn.Parameter(rows)
-        fully_shard(linear, mesh=mesh["data"])
-        weight = linear.weight
-        assert isinstance(weight, DTensor)
+        rows = [_StridedShard(0, split_factor=2), Shard(0)]  # as of a (2, 2) mesh
+        weight = torch.nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, rows, run_check=False))
         weight.grad = torch.ones_like(weight)
         summed: list[object] = []
         reduce = torch.distributed.all_reduce
