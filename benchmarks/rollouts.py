@@ -2,12 +2,13 @@
 
     python benchmarks/rollouts.py --world out/world --batches 16,64 --out FILE.json
     python benchmarks/rollouts.py --batches 8,16 --new 64
+    python benchmarks/rollouts.py --device cuda --shape 6b --batches 16,64 --context 128 --new 128
 
 `--world`: the base model of examples/training/minimal_experiments.py (136,000 parameters, trained into the folder if it
 is not there) answers 128 of its prompts, `batch` at once; answers end when they end, as in a real roll-out.
-Otherwise random weights of the embedded model's shape (44 M, fp32), where an end token is so unlikely that every answer
-runs to its limit. Temperature 1, top_p 1, no top_k. One warm-up, then `--repeats` runs in turn; medians, by the clock
-and of the processor.
+Otherwise random weights of the embedded model's shape (44 M, fp32) or ChatGLM-6B's (bf16), where an end token is so
+unlikely that every answer runs to its limit. Temperature 1, top_p 1, no top_k. One warm-up, then `--repeats` runs in
+turn; medians, by the clock and of the processor.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from transformers import GenerationConfig
 
 import chatglm
 from chatglm.chat import EMBEDDED_MODEL
-from chatglm.config import read_config, to_original
+from chatglm.config import ModelConfig, read_config, to_original
+from chatglm.engine.random_model import random_model
 from chatglm.hf import ChatGLMConfig, ChatGLMForConditionalGeneration
 from chatglm.hf.configuration import ORIGINAL_KEYS, OWN_KEYS
 from chatglm.model import GLM, initialize
@@ -35,6 +37,7 @@ from chatglm.tokenizer import Tokenizer
 from chatglm.training.rlhf.rollout import Prompt, RolloutEngine
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "training"
+TOKENIZER = Path(__file__).parents[1] / "tests" / "data" / "tokenizer" / "ice_text.model"
 
 
 def main() -> None:
@@ -44,6 +47,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=["embedded", "6b"], default="embedded")
     parser.add_argument("--world", type=Path)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -61,7 +66,14 @@ def main() -> None:
         }
         results.append({"batch": batch, **told(batch, measure(ways, given.repeats))})
     if given.out:
-        facts = {"torch": torch.__version__, "chatglm": chatglm.__version__, "threads": given.threads}
+        facts = {
+            "torch": torch.__version__,
+            "chatglm": chatglm.__version__,
+            "threads": given.threads,
+            "device": str(model.device),
+        }
+        if model.device.type == "cuda":
+            facts["machine"] = torch.cuda.get_device_name()
         facts |= {"parameters": model.config.num_parameters, "prompts": len(prompts), "new": new, "results": results}
         given.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
@@ -78,24 +90,30 @@ def the_world(folder: Path) -> tuple[GLM, Tokenizer, list[Prompt], int]:
 
 def at_the_limit(given: argparse.Namespace) -> tuple[GLM, Tokenizer, list[Prompt], int]:
     """Random weights of the embedded model's shape, random contexts."""
-    config = replace(read_config(EMBEDDED_MODEL / "config.json").quantized(0), torch_dtype="float32")
-    model = GLM(config)
-    initialize(model, 0)
-    model.eval().requires_grad_(False)
+    if given.shape == "6b":
+        model = random_model(ModelConfig(), dtype=torch.bfloat16, device=given.device)
+        tokenizer = Tokenizer.from_file(TOKENIZER, config=model.config)
+    else:
+        model = GLM(replace(read_config(EMBEDDED_MODEL / "config.json").quantized(0), torch_dtype="float32"))
+        initialize(model, 0)
+        model.eval().requires_grad_(False).to(given.device)
+        tokenizer = Tokenizer.from_folder(EMBEDDED_MODEL)
+    config = model.config
     most = max(map(int, given.batches.split(",")))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, 11_000, (most, given.context - 2), generator=generator).tolist()
+    ids = torch.randint(100, config.mask_token_id - 900, (most, given.context - 2), generator=generator).tolist()
     prompts = [Prompt("", (*row, config.gmask_token_id)) for row in ids]
-    return model, Tokenizer.from_folder(EMBEDDED_MODEL), prompts, given.new
+    return model, tokenizer, prompts, given.new
 
 
 def hf_twin(model: GLM) -> Any:
     """The same weights under transformers."""
     known = to_original(model.config)
     keys = [key for key in (*ORIGINAL_KEYS, *OWN_KEYS) if key in known]
-    twin = ChatGLMForConditionalGeneration(ChatGLMConfig(**{key: known[key] for key in keys}))
-    twin.load_state_dict(model.state_dict())
-    return twin.float().eval()
+    with torch.device("meta"):
+        twin = ChatGLMForConditionalGeneration(ChatGLMConfig(**{key: known[key] for key in keys}))
+    twin.load_state_dict(model.state_dict(), assign=True)  # the very tensors
+    return twin.eval()
 
 
 @torch.inference_mode()
@@ -105,8 +123,8 @@ def generated(twin: Any, prompts: Sequence[Prompt], new: int, seed: int) -> int:
     config = twin.config
     rows = [[*prompt.context, config.bos_token_id] for prompt in prompts]
     width = max(map(len, rows))
-    ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in rows], device=twin.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=twin.device)
     settings = GenerationConfig(
         max_new_tokens=new,
         do_sample=True,
