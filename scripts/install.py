@@ -144,7 +144,9 @@ def update_pip(environment: Environment, oldest: tuple[int, int]) -> None:
     """Dependency groups and editable installs need a pip that knows them."""
     version = environment.installed("pip") or "0.0"
     if tuple(int(part) for part in version.split(".")[:2]) < oldest:
-        pip_install(environment, ["--upgrade", f"pip>={oldest[0]}.{oldest[1]}"], f"pip {version} is old: a newer one")
+        needed = version_text(oldest)
+        line = f"a newer pip (this environment has pip {version}, and at least {needed} is needed)"
+        pip_install(environment, ["--upgrade", f"pip>={needed}"], line)
 
 
 def pip_install(environment: Environment, arguments: list[str], line: str) -> None:

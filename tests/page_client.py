@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -60,7 +60,7 @@ class PageClient:
         self._join(event)
         for message in self.follow():
             if message["msg"] == "process_completed":
-                self._take(event, message["output"]["data"])
+                self.take(event, message["output"]["data"])
         self.start("regenerate")  # what follows a question is what regenerates an answer
 
     def follow(self) -> Iterator[dict[str, Any]]:
@@ -73,11 +73,18 @@ class PageClient:
                         return
                     yield message
 
-    def press(self, name: str, kind: str = "click", data: Any = None) -> list[dict[str, Any]]:
-        """An event and those that follow it; `values` are as the browser would have them after it."""
-        return self._run(self.event(name, kind), data)
+    def press(
+        self, name: str, kind: str = "click", data: Any = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
+        """An event and those that follow it; `values` are as the browser would have them after it.
 
-    def _run(self, event: dict[str, Any], data: Any = None) -> list[dict[str, Any]]:
+        meanwhile: what the reader does each time that a piece of an answer has come.
+        """
+        return self.run(self.event(name, kind), data, meanwhile)
+
+    def run(
+        self, event: dict[str, Any], data: Any = None, meanwhile: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
         self._join(event, data)
         messages = list(self.follow())
         last: list[Any] = []
@@ -87,10 +94,12 @@ class PageClient:
                 given = message["output"].get("data") or []
                 is_diff = message["msg"] == "process_generating" and last
                 last = [apply(old, new) for old, new in zip(last, given, strict=True)] if is_diff else given or last
-                self._take(event, last)
+                self.take(event, last)
+                if message["msg"] == "process_generating":
+                    meanwhile()
         for following in self._after(event["id"]):
             if following["outputs"] and "talk" in [self.names.get(number) for number in following["outputs"]]:
-                messages += self._run(following)
+                messages += self.run(following, meanwhile=meanwhile)
         return messages
 
     def _after(self, number: int) -> Iterator[dict[str, Any]]:
@@ -102,7 +111,7 @@ class PageClient:
                 else:
                     yield from self._after(dependency["id"])
 
-    def _take(self, event: dict[str, Any], given: list[Any]) -> None:
+    def take(self, event: dict[str, Any], given: list[Any]) -> None:
         for number, value in zip(event["outputs"], given, strict=False):
             name = self.names.get(number)
             if isinstance(value, dict) and value.get("__type__") == "update":

@@ -13,7 +13,7 @@ from feedback_events import rows
 from server_process import ServerProcess, until
 
 QUESTION = "#question textarea"
-LONG = {"max_tokens": "900", "temperature": "2"}
+NAME = "#name textarea, #name input"
 
 
 def setting(page: Any, name: str, value: str) -> None:
@@ -23,6 +23,11 @@ def setting(page: Any, name: str, value: str) -> None:
         page.locator("#settings > button").click()
     field.fill(value)
     field.blur()
+
+
+def shows(page: Any, field: str, value: str) -> None:
+    """A field has its value: one in a panel that has just been opened gets it a moment later."""
+    page.wait_for_function("([f, v]) => document.querySelector(f)?.value === v", arg=[field, value])
 
 
 def settled(page: Any) -> None:
@@ -50,6 +55,11 @@ def saved(page: Any) -> list[dict[str, Any]]:
     return sorted(json.loads(text), key=lambda talk: -talk["used_at"])
 
 
+def has_answer(talks: list[dict[str, Any]]) -> bool:
+    """The newest conversation is saved with its last answer, not only with the question."""
+    return bool(talks and talks[0]["rounds"][-1]["variants"])
+
+
 def saved_when(page: Any, condition: Any, what: str) -> list[dict[str, Any]]:
     return until(lambda: condition(saved(page)) and saved(page), what)
 
@@ -72,7 +82,7 @@ def test_an_answer_is_streamed_with_its_speed_and_share_of_the_context(page):
 
 def test_a_conversation_outlives_a_reload_and_a_new_one_is_beside_it(page, web):
     first = ask(page, "hello")
-    saved_when(page, lambda talks: len(talks) == 1, "the first conversation")
+    saved_when(page, has_answer, "the first conversation")
     page.reload()
     ready(page)
     page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
@@ -90,9 +100,10 @@ def test_a_conversation_outlives_a_reload_and_a_new_one_is_beside_it(page, web):
 
 def test_renaming_and_deleting_a_conversation(page):
     ask(page, "hello")
-    saved_when(page, bool, "the conversation")
+    saved_when(page, has_answer, "the conversation")
     page.locator("#manage > button").click()
-    page.fill("#name textarea, #name input", "stop")  # a word that Gradio could take for a text of its own
+    shows(page, NAME, "hello")
+    page.fill(NAME, "stop")  # a word that Gradio could take for a text of its own
     page.click("#rename")
     saved_when(page, lambda talks: talks[0]["title"] == "stop", "the name")
     assert page.locator("#talks label").inner_text() == "stop"
@@ -100,6 +111,125 @@ def test_renaming_and_deleting_a_conversation(page):
     page.click("#delete")
     until(lambda: saved(page) == [], "the conversation to be gone")
     page.wait_for_function("() => document.querySelectorAll('#chat .message').length === 0")
+
+
+class Held:
+    """Events of a page that are sent to the server only when they are let go: a network that takes its time."""
+
+    def __init__(self, page: Any) -> None:
+        self.page, self.routes, self.is_open = page, [], False
+        page.route("**/queue/join*", self._hold)
+
+    def _hold(self, route: Any) -> None:
+        if self.is_open:
+            route.fallback()
+        else:
+            self.routes.append(route)
+
+    def wait(self, count: int = 1) -> None:
+        """Until so many are held."""
+        until(lambda: self.page.evaluate("() => 1") and len(self.routes) >= count, "an event to be sent")
+
+    def let_go(self) -> None:
+        self.is_open = True
+        for route in self.routes:
+            route.fallback()
+
+
+def test_what_is_typed_before_the_page_has_opened_its_conversation_stays(web, browse, page):
+    ask(page, "hello")
+    saved_when(page, has_answer, "the conversation")
+    held = Held(page)
+    page.reload()
+    held.wait()
+    page.fill(QUESTION, "already typed")
+    page.locator("#settings > button").click()
+    shows(page, "#temperature input[type=number]", "0")
+    page.locator("#system textarea").fill("Be brief.")
+    held.let_go()
+    page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
+    page.wait_for_function("() => /tokens/.test(document.querySelector('#status')?.innerText)")
+    assert page.input_value("#system textarea") == "Be brief." and page.input_value(QUESTION) == "already typed"
+    page.press(QUESTION, "Enter")
+    (talk,) = saved_when(page, lambda talks: has_answer(talks) and len(talks[0]["rounds"]) == 2, "the second answer")
+    assert talk["system"] == "Be brief." and talk["rounds"][1]["question"] == "already typed"
+
+
+def test_a_question_that_is_sent_before_the_page_has_opened_is_answered(page):
+    held = Held(page)
+    page.reload()
+    held.wait()
+    page.fill(QUESTION, "so early")
+    page.press(QUESTION, "Enter")
+    held.wait(2)
+    held.let_go()
+    saved_when(page, has_answer, "the answer")
+    settled(page)
+    assert page.locator("#chat .message").count() == 2
+
+
+@pytest.mark.parametrize(("later", "left"), [("sent and more", " and more"), ("another", "another")])
+def test_what_is_typed_while_a_question_is_on_its_way_stays_in_the_box(page, later, left):
+    held = Held(page)
+    page.fill(QUESTION, "sent")
+    page.press(QUESTION, "Enter")
+    held.wait()
+    page.fill(QUESTION, later)
+    held.let_go()
+    (talk,) = saved_when(page, has_answer, "the answer")
+    assert talk["rounds"][0]["question"] == "sent"
+    page.wait_for_function("() => !document.querySelector('#stop')")
+    assert page.input_value(QUESTION) == left
+
+
+def test_a_question_during_an_answer_waits_in_its_box_and_a_name_that_is_given_meanwhile_is_kept(page, web):
+    setting(page, "max-tokens", "900")
+    setting(page, "temperature", "2")
+    page.fill(QUESTION, "写一个很长很长的故事")
+    page.press(QUESTION, "Enter")
+    page.wait_for_function("() => /\\d+ tokens ·/.test(document.querySelector('#status')?.innerText)")
+    page.fill(QUESTION, "and another")
+    page.press(QUESTION, "Enter")
+    page.get_by_text("not finished yet").first.wait_for()
+    page.locator("#manage > button").click()
+    shows(page, NAME, "写一个很长很长的故事")
+    page.fill(NAME, "a story")
+    page.click("#rename")
+    saved_when(page, lambda talks: talks[0]["title"] == "a story", "the name")
+    page.fill(NAME, "a longer name")
+    page.click("#stop")
+    (talk,) = saved_when(page, has_answer, "the answer")
+    assert talk["title"] == "a story" and len(talk["rounds"]) == 1
+    assert page.input_value(QUESTION) == "and another"
+    assert page.input_value(NAME) == "a longer name"
+    assert page.locator("#talks label").inner_text() == "a story"
+    until(web.is_idle, "the engine to be idle")
+
+
+def test_undo_keeps_what_is_in_the_box_already(page):
+    ask(page, "take me back")
+    page.fill(QUESTION, "a draft")
+    page.click("#undo")
+    page.wait_for_function(f"() => document.querySelector('{QUESTION}')?.value === 'take me back\\na draft'")
+
+
+def test_of_two_conversations_that_are_opened_quickly_the_second_is_shown(page):
+    for question in ("one", "two"):
+        page.click("#new")
+        page.wait_for_function("() => document.querySelectorAll('#chat .message').length === 0")
+        ask(page, question)
+        saved_when(page, lambda talks, title=question: has_answer(talks) and talks[0]["title"] == title, question)
+    page.click("#new")
+    page.wait_for_function("() => document.querySelectorAll('#chat .message').length === 0")
+    held = Held(page)
+    page.get_by_role("radio", name="one").check(force=True)
+    held.wait()
+    page.get_by_role("radio", name="two").check(force=True)
+    held.let_go()
+    page.wait_for_function("() => document.querySelector('#chat .message.user')?.innerText.includes('two')")
+    ask(page, "three")
+    talks = saved_when(page, lambda talks: has_answer(talks) and len(talks[0]["rounds"]) == 2, "the third question")
+    assert [round["question"] for round in talks[0]["rounds"]] == ["two", "three"]
 
 
 def test_stop_ends_the_answer_and_keeps_what_is_there(page, web):
@@ -112,7 +242,7 @@ def test_stop_ends_the_answer_and_keeps_what_is_there(page, web):
     assert not page.locator("#send").is_visible()
     page.click("#stop")
     settled(page)
-    (talk,) = saved_when(page, bool, "the conversation")
+    (talk,) = saved_when(page, has_answer, "the conversation")
     (variant,) = talk["rounds"][0]["variants"]
     assert variant["finish"] in ("cancelled", "stop") and variant["completion_tokens"] < 900
     until(web.is_idle, "the engine to be idle")
@@ -165,7 +295,7 @@ def test_editing_a_question_forks_and_the_old_conversation_stays(page):
     page.get_by_role("button", name="Submit").click()
     page.wait_for_function("() => document.querySelector('#chat')?.innerText.includes('three')")
     settled(page)
-    talks = saved_when(page, lambda talks: len(talks) == 2, "the fork")
+    talks = saved_when(page, lambda talks: len(talks) == 2 and has_answer(talks), "the fork")
     assert [[r["question"] for r in talk["rounds"]] for talk in talks] == [["one", "three"], ["one", "two"]]
     assert talks[0]["title"] == "one (2)"
 
@@ -345,7 +475,7 @@ def test_the_conversation_is_exported_as_markdown_and_json(page, tmp_path):
 def test_the_system_instruction_goes_with_the_question_and_defaults_come_back(page):
     page.locator("#system textarea").fill("Be brief.")
     ask(page, "hello")
-    (talk,) = saved_when(page, bool, "the conversation")
+    (talk,) = saved_when(page, has_answer, "the conversation")
     assert talk["system"] == "Be brief." and talk["rounds"][0]["variants"][0]["system"] == "Be brief."
     page.click("#reset")
     page.wait_for_function("() => document.querySelector('#temperature input[type=number]')?.value === '0.95'")
@@ -416,7 +546,7 @@ def test_a_server_that_dies_in_an_answer_loses_no_question_and_the_page_comes_ba
     ready(page)
     setting(page, "max-tokens", "4")
     page.click("#regenerate")
-    (talk,) = saved_when(page, lambda talks: talks[0]["rounds"][0]["variants"], "the answer")
+    (talk,) = saved_when(page, has_answer, "the answer")
     assert talk["rounds"][0]["question"] == "写一个很长很长的故事"
 
 

@@ -187,7 +187,7 @@ def test_regenerating_keeps_variants_and_undo_gives_the_question_back(page):
     page.press("previous")
     assert page.talk["rounds"][0]["chosen"] == 1
     page.press("undo")
-    assert page.talk["rounds"] == [] and page.values["question"] == "hello"
+    assert page.talk["rounds"] == [] and page.values["taken"] == "hello"
 
 
 def test_editing_a_question_forks_the_conversation(page):

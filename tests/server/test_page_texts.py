@@ -39,7 +39,7 @@ def test_the_switch_of_languages_reaches_every_text_that_has_a_component():
     assert said_by_events == {
         "title", "untitled", "temperature_hint", "previous", "next", "no_store", "saved", "deleted", "needs_consent",
         "needs_opinion", "needs_answer", "needs_question", "failed", "status", "dropped", "cut", "stopped", "ask_key",
-        "wrong_key", "unreachable", "no_answer", "rated", "waiting",
+        "wrong_key", "unreachable", "no_answer", "rated", "busy", "waiting",
     }  # fmt: skip
 
 

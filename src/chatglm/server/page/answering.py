@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,17 @@ class LiveAnswers:
     """Exchanges by page session, so that a stop button or a page that has gone ends them within one step."""
 
     exchanges: dict[str, set[Exchange]] = field(default_factory=dict)
+    busy: set[str] = field(default_factory=set)
+    """Sessions whose conversation is being changed by an event: another one that would change it is refused."""
+
+    @contextmanager
+    def working(self, session: str) -> Iterator[None]:
+        """While an event that takes its time has this session's conversation."""
+        self.busy.add(session)
+        try:
+            yield
+        finally:
+            self.busy.discard(session)
 
     def add(self, session: str, exchange: Exchange) -> None:
         self.exchanges.setdefault(session, set()).add(exchange)
@@ -49,15 +61,17 @@ async def answer(
     live: LiveAnswers,
     owner: Owner,
     session: str,
+    model: str,
     messages: list[dict[str, str]],
     settings: dict[str, Any],
 ) -> AsyncIterator[Variant]:
     """The answer so far, again and again until it is whole. A stopped one ends with finish `cancelled`.
 
-    Raises APIError, as the API would answer.
+    model: as the API names it, the base or `base:adapter`. Raises APIError, as the API would answer.
     """
     given = {name: value for name, value in settings.items() if value is not None}
-    body = check_body(ChatBody, {"model": backend.model_name, "messages": messages, **given})
+    body = check_body(ChatBody, {"model": model, "messages": messages, **given})
+    adapter = backend.check_model(model)
     try:
         backend.rates.admit(owner.bucket)
     except APIError:
@@ -74,11 +88,12 @@ async def answer(
         n=1,
         seed=body.seed,
         shared=shared_choices(body, backend.tokenizer, normalize=True),
+        adapter=adapter,
     )
     stream = exchange.group.streams[0]
     found = Variant(
         request_id=exchange.group.id,
-        model=backend.model_name,
+        model=model,
         fingerprint=backend.fingerprint,
         prompt_hash=hash_ids(fitted.ids),
         prompt_tokens=len(fitted.ids),

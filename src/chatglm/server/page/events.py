@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import gradio as gr
@@ -12,13 +13,18 @@ from ..api_errors import APIError
 from ..backend import Backend, Owner
 from ..logs import RequestLog
 from .answering import LiveAnswers, answer, no_owner
+from .controls import rated_answer, rating_controls
 from .layout import SAMPLING, Parts
 from .rendering import messages, status_line, thumbs, typed
 from .talk import Talk, Variant, read_talk
 from .words import error_text, word
 
 Shown = dict[Any, Any]
-"""New values by component; those that are missing stay."""
+"""New values by component; those that are missing stay.
+
+What a reader may be typing or choosing meanwhile is never among them: the browser writes the system text, the name and
+the question's box itself, in the moment of the action; the rating controls are written only when their answer changes.
+"""
 
 
 class Events:
@@ -30,19 +36,27 @@ class Events:
     # Showing
 
     def show(self, talk: Talk, language: str) -> Shown:
-        """Everything that follows from the conversation."""
+        """Everything that follows from the conversation; the rating controls as they stand for its last answer."""
+        return {
+            self._parts.talk: talk.model_dump_json(),
+            **self._shown(talk, language),
+            self._parts.rated: None,
+            **rating_controls(self._parts, talk, None, language),
+        }
+
+    def show_answer(self, talk: Talk, language: str) -> Shown:
+        """The conversation with something new about its answers; what is in the rating controls stays."""
+        return {self._parts.talk: talk.model_dump_json(), **self._shown(talk, language)}
+
+    def _shown(self, talk: Talk, language: str) -> Shown:
         parts = self._parts
         last = talk.rounds[-1] if talk.rounds else None
         count = len(last.variants) if last is not None else 0
         has_choice = count > 1
         number = min(last.chosen, count - 1) + 1 if last is not None and count else 0
         return {
-            parts.talk: talk.model_dump_json(),
-            parts.rated: None,
             parts.chat: gr.update(value=messages(talk, language), feedback_value=thumbs(talk)),
-            parts.status: status_line(last.answer if last else None, self._backend.context, language),
-            parts.system: talk.system,
-            parts.name: talk.title,
+            parts.status: self._status(last.answer if last else None, language),
             parts.regenerate: gr.update(interactive=last is not None),
             parts.undo: gr.update(interactive=last is not None),
             parts.previous: gr.update(visible=has_choice, interactive=number > 1),
@@ -62,23 +76,43 @@ class Events:
             found |= {part: gr.update(interactive=False) for part in (parts.previous, parts.next)}
         return {**found, parts.send: gr.update(visible=not is_busy), parts.stop: gr.update(visible=is_busy)}
 
+    def _status(self, variant: Variant | None, language: str) -> str:
+        return status_line(variant, self._backend.context, language, names_model=len(self._backend.model_ids) > 1)
+
     async def open(self, text: str, language: str) -> Shown:
-        """A conversation that the browser has loaded, or a new one."""
-        return self.show(given_talk(text), language)
+        """What the browser has put into `talk`, which is not written again: a question may be on its way."""
+        shown = self.show(given_talk(text), language)
+        del shown[self._parts.talk]
+        return shown
+
+    def working(self, request: gr.Request) -> AbstractContextManager[None]:
+        """An event that takes its time and changes the conversation: others wait until it is over."""
+        return self._live.working(str(request.session_hash))
+
+    def check_free(self, request: gr.Request, language: str) -> None:
+        """Raises gr.Error while another event changes this page's conversation: one of them would be lost."""
+        if self.is_busy(request):
+            raise gr.Error(word("busy", language), print_exception=False)
+
+    def is_busy(self, request: gr.Request) -> bool:
+        """Whether this page has an answer or a rating under way."""
+        return str(request.session_hash) in self._live.busy
 
     # Asking
 
-    async def begin(self, text: str, question: str, system: str, language: str) -> Shown:
-        """A new question at the end. The browser saves it before it is answered."""
+    async def begin(self, request: gr.Request, text: str, question: str, system: str, language: str) -> Shown:
+        """A new question at the end. The browser saves it before it is answered, and takes it out of its box."""
+        self.check_free(request, language)
         talk = given_talk(text)
         if not question.strip():
             raise gr.Error(word("needs_question", language), print_exception=False)
         talk.system = system or ""
         talk.add_question(question)
-        return {**self._waiting(talk, language), self._parts.question: ""}
+        return self._waiting(talk, language)
 
-    async def fork(self, event: gr.EditData, text: str, system: str, language: str) -> Shown:
+    async def fork(self, event: gr.EditData, request: gr.Request, text: str, system: str, language: str) -> Shown:
         """A question is changed: a new conversation goes on from there, the old one stays as it was."""
+        self.check_free(request, language)
         talk = given_talk(text)
         number = message_number(event.index) // 2
         if not 0 <= number < len(talk.rounds):
@@ -98,27 +132,43 @@ class Events:
         }
 
     async def answer(
-        self, request: gr.Request, text: str, system: str, language: str, *sampling: Any
+        self, request: gr.Request, text: str, system: str, language: str, model: str, *sampling: Any
     ) -> AsyncIterator[Shown]:
         """Another variant of the last answer; the first one, if there is none yet."""
-        parts, talk = self._parts, given_talk(text)
+        self.check_free(request, language)
+        talk = given_talk(text)
         if not talk.rounds:
             return
+        with self.working(request):
+            async for shown in self._answer(request, talk, system, language, model, *sampling):
+                yield shown
+
+    async def _answer(
+        self, request: gr.Request, talk: Talk, system: str, language: str, model: str, *sampling: Any
+    ) -> AsyncIterator[Shown]:
+        parts = self._parts
         talk.system = system or ""
         round, asked = talk.rounds[-1], talk.messages_of(len(talk.rounds) - 1, talk.system)
         before, round.variants = list(round.variants), []
         waiting = messages(talk, language, is_waiting=True)
-        yield {parts.chat: gr.update(value=waiting), parts.status: word("waiting", language), **self._busy(True)}
-        variant = Variant(model=self._backend.model_name, system=talk.system)
+        yield {
+            parts.chat: gr.update(value=waiting),
+            parts.status: word("waiting", language),
+            parts.rated: None,
+            **rating_controls(parts, talk, None, language),  # now, not at the end: an opinion may be written meanwhile
+            **self._busy(True),
+        }
+        model = model or self._backend.model_name
+        variant = Variant(model=model, system=talk.system)
         try:
             settings = {name: whole(value) for name, value in zip(SAMPLING, sampling, strict=True)}
             session = str(request.session_hash)
-            async for variant in answer(self._backend, self._live, owner_of(request), session, asked, settings):
+            async for variant in answer(self._backend, self._live, owner_of(request), session, model, asked, settings):
                 variant.system = talk.system
                 round.variants = [variant]
                 yield {
                     parts.chat: gr.update(value=messages(talk, language)),
-                    parts.status: status_line(variant, self._backend.context, language),
+                    parts.status: self._status(variant, language),
                 }
         except APIError as error:
             variant.error = error.code if error_text(error.code, "", language) else error.message
@@ -126,7 +176,7 @@ class Events:
             self._note(variant, request, round.question)
         round.variants = [*before, variant]
         round.chosen = len(before)
-        yield self.show(talk, language)
+        yield {**self.show_answer(talk, language), **rated_answer(parts, talk, None, language)}
 
     def _note(self, variant: Variant, request: gr.Request, question: str) -> None:
         """One line an answer, as the API's requests have; texts only where the operator asked for them."""
@@ -151,20 +201,23 @@ class Events:
 
     # Changing
 
-    async def undo(self, text: str, language: str) -> Shown:
-        """Take the last round back; its question can be changed and sent again."""
+    async def undo(self, request: gr.Request, text: str, language: str) -> Shown:
+        """Take the last round back; the browser puts its question into the box, before what is there already."""
+        self.check_free(request, language)
         talk = given_talk(text)
         if not talk.rounds:
             return {}
         question = talk.rounds.pop().question
-        return {**self.show(talk, language), self._parts.question: question}
+        return {**self.show(talk, language), self._parts.taken: question}
 
-    async def previous(self, text: str, language: str) -> Shown:
+    async def previous(self, request: gr.Request, text: str, language: str) -> Shown:
         """The variant before the one that is shown."""
+        self.check_free(request, language)
         return self._step(text, language, -1)
 
-    async def next(self, text: str, language: str) -> Shown:
+    async def next(self, request: gr.Request, text: str, language: str) -> Shown:
         """The variant after the one that is shown."""
+        self.check_free(request, language)
         return self._step(text, language, 1)
 
     def _step(self, text: str, language: str, by: int) -> Shown:

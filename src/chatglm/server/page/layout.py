@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,15 @@ class Parts:
     language  `en` or `zh`
     rater     the browser's random id
     rated     number of the round whose answer the rating is about; None: the last one
+    taken     a question that was taken back, on its way into the box
+    models    JSON list of what `model` may be
     """
 
     talk: Any
     rater: Any
     rated: Any
+    taken: Any
+    models: Any
     language: Any
     side: Any
     talks: Any
@@ -49,6 +54,7 @@ class Parts:
     dark: Any
     manage: Any
     settings: Any
+    model: Any
     system: Any
     temperature: Any
     top_p: Any
@@ -101,15 +107,23 @@ def defaults(context: int) -> dict[str, Any]:
     return {name: special[name] if name in special else default_of(name) for name in SAMPLING}
 
 
-def lay_out(t: Any, context: int, *, with_feedback: bool) -> Parts:
-    """Build the components inside an open Blocks. `t(key)` gives a text in the browser's language."""
+def lay_out(t: Any, context: int, models: list[str], *, with_feedback: bool) -> Parts:
+    """Build the components inside an open Blocks. `t(key)` gives a text in the browser's language.
+
+    models: what the API serves, the base first.
+    """
     found: dict[str, Any] = {}
     standard = defaults(context)
     found["talk"] = gr.Textbox("", visible=False, elem_id="talk")
     found["rater"] = gr.Textbox("", visible=False, elem_id="rater")
     found["rated"] = gr.Number(None, visible=False, precision=0, elem_id="rated")
+    found["taken"] = gr.Textbox("", visible=False, elem_id="taken")
+    found["models"] = gr.Textbox(json.dumps(models), visible=False, elem_id="models")
     with gr.Sidebar(open=True, width=300, elem_id="side") as found["side"]:
         found["new"] = gr.Button(t("new"), variant="primary", elem_id="new")
+        found["model"] = gr.Dropdown(
+            models, value=models[0], label=t("model"), filterable=False, visible=len(models) > 1, elem_id="model"
+        )
         found["talks"] = gr.Radio([], label=t("conversations"), elem_id="talks")
         with gr.Accordion(t("manage"), open=False, elem_id="manage") as found["manage"]:
             found["name"] = gr.Textbox(label=t("name"), max_lines=1, max_length=80, elem_id="name")

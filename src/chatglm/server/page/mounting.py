@@ -31,7 +31,8 @@ def mount_page(app: FastAPI, backend: Backend, access: PageAccess, log: RequestL
     live = LiveAnswers()
     i18n = gr.I18n(**translations())
     with gr.Blocks(title="ChatGLM", analytics_enabled=False, fill_height=True) as blocks:
-        parts = lay_out(lambda key: i18n(PREFIX + key), backend.context, with_feedback=backend.feedback is not None)
+        models, with_feedback = list(backend.model_ids), backend.feedback is not None
+        parts = lay_out(lambda key: i18n(PREFIX + key), backend.context, models, with_feedback=with_feedback)
         events = Events(backend, parts, live, log)
         wire(blocks, parts, events, Ratings(backend, parts, events), backend.context)
     blocks.queue(max_size=None, default_concurrency_limit=None, api_open=False)

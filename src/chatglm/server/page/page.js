@@ -9,8 +9,10 @@
   const CONSENT = "chatglm.consent";
   const RATER = "chatglm.rater";
   const SETTINGS = "chatglm.settings";
+  const MODEL = "chatglm.model";
   const NUMBERS = 5; // sliders; after them comes the seed, a text
   const MOST = 200;
+  const SAME = { __type__: "update" };
   const UNTITLED = { en: "New conversation", zh: "新对话" };
   const FULL = {
     en: "This browser's storage is full: the conversation was not saved. Delete or export older ones.",
@@ -102,14 +104,42 @@
     }
   };
 
-  const save = (text) => {
+  // What a reader may be typing is written here, in the moment of the action, and by no answer of the server that could
+  // come later. `written` is the name that the page has put into its field last: another one there is the reader's.
+  let written = "";
+  const named = (title) => (written = title || "");
+  const fields = (text) => {
     const talk = parsed(text);
-    if (!talk || !talk.rounds || !talk.rounds.length) return list(talk && talk.id);
+    return [(talk && talk.system) || "", named(talk && talk.title)];
+  };
+
+  // → talk, talks, name. A name that was given while an answer was on its way is in the storage only: it is kept.
+  const save = (text, name, isRenamed) => {
+    const talk = parsed(text);
+    if (!talk || !talk.rounds || !talk.rounds.length) return [SAME, list(talk && talk.id), SAME];
+    const kept = parsed(get(PREFIX + talk.id) || "");
+    const isBehind = !isRenamed && kept && kept.is_named && !(talk.is_named && talk.title === kept.title);
+    if (isBehind) Object.assign(talk, { title: kept.title, is_named: true });
+    const changed = isBehind ? JSON.stringify(talk) : SAME;
     talk.used_at = Date.now();
     note(put(PREFIX + talk.id, JSON.stringify(talk)) ? "" : FULL[language()]);
     for (const old of talks().slice(MOST)) drop(PREFIX + old.id);
     put(CURRENT, talk.id);
-    return list(talk.id);
+    return [changed, list(talk.id), (name || "") === written ? named(talk.title) : SAME];
+  };
+
+  // The server has taken a question: out of the box with it, but not with what was typed since.
+  const asked = (text, name, box) => {
+    const talk = parsed(text);
+    const last = talk && talk.rounds && talk.rounds[talk.rounds.length - 1];
+    const isThere = last && last.question && box.startsWith(last.question);
+    return [...save(text, name), isThere ? box.slice(last.question.length) : SAME];
+  };
+
+  // A question that was taken back goes before what is in the box. → talk, talks, name, taken, box
+  const undone = (text, name, taken, box) => {
+    const full = taken && box.trim() ? `${taken}\n${box}` : taken || box;
+    return [...save(text, name), "", full];
   };
 
   const rater = () => {
@@ -134,49 +164,56 @@
   const settings = () => {
     const kept = parsed(get(SETTINGS) || "");
     const isRight = Array.isArray(kept) && kept.length === NUMBERS + 1 && kept.slice(0, NUMBERS).every(Number.isFinite);
-    return isRight ? kept : Array(NUMBERS + 1).fill({ __type__: "update" });
+    return isRight ? kept : Array(NUMBERS + 1).fill(SAME);
   };
+  const model = (served) => {
+    const kept = get(MODEL);
+    return (parsed(served) || []).includes(kept) ? kept : SAME;
+  };
+  const keepModel = (name) => put(MODEL, name);
   const keepSettings = (values) => put(SETTINGS, JSON.stringify(values.slice(0, NUMBERS + 1)));
 
-  const start = () => {
+  const start = (served) => {
     const theme = get(THEME);
     dark(theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
     document.documentElement.lang = language();
     const current = get(CURRENT);
     const text = current ? get(PREFIX + current) || "" : "";
-    const first = [language(), text, list(text ? current : null), get(CONSENT) === "yes", rater(), side(!isNarrow())];
-    return [...first, ...settings()];
+    const first = [language(), list(text ? current : null), get(CONSENT) === "yes", rater()];
+    return [...first, ...ofTalk(text), model(served), ...settings()];
   };
+
+  const ofTalk = (text) => [text, side(!isNarrow()), ...fields(text)];
 
   const open = (id) => {
     put(CURRENT, id || "");
-    return [(id && get(PREFIX + id)) || "", side(!isNarrow())];
+    return ofTalk((id && get(PREFIX + id)) || "");
   };
 
   const fresh = () => {
     drop(CURRENT);
     const box = document.querySelector("#question textarea");
     if (box) box.focus();
-    return ["", list(null), side(!isNarrow())];
+    return [list(null), ...ofTalk("")];
   };
 
   const remove = (text) => {
     const talk = parsed(text);
     const lang = language();
     const question = { en: "Delete this conversation from this browser?", zh: "从此浏览器中删除这个对话？" };
-    if (!talk || !confirm(question[lang])) return [text, list(talk && talk.id)];
+    if (!talk || !confirm(question[lang])) return [list(talk && talk.id), SAME, SAME, SAME, SAME];
     drop(PREFIX + talk.id);
-    return fresh().slice(0, 2);
+    return fresh();
   };
 
   const rename = (text, name) => {
-    const talk = parsed(text);
+    const talk = parsed(text) || { rounds: [] };
     const title = (name || "").trim().slice(0, 80);
-    if (!talk || !title) return [text, list(talk && talk.id)];
+    if (!title) return [SAME, list(talk.id), SAME];
     talk.title = title;
     talk.is_named = true;
     const changed = JSON.stringify(talk);
-    return [changed, save(changed)];
+    return [changed, save(changed, title, true)[1], named(title)];
   };
 
   const download = (name, kind, text) => {
@@ -269,6 +306,7 @@
   };
 
   window.chatglmPage = {
-    start, save, keepSettings, open, fresh, remove, rename, exported, setLanguage, switchDark, consent,
+    start, save, asked, undone, keepSettings, keepModel, open, fresh, remove, rename, exported, setLanguage, switchDark,
+    consent,
   };
 })();

@@ -11,6 +11,7 @@ from .layout import Parts, tag_choices, thumb_choices
 from .words import word
 
 LABELS = (
+    ("model", "model"),
     ("talks", "conversations"),
     ("manage", "manage"),
     ("name", "name"),

@@ -108,8 +108,8 @@ def _thumb(round: Round) -> int | None:
     return round.answer.opinion.thumb if round.answer is not None and round.answer.opinion is not None else None
 
 
-def status_line(variant: Variant | None, context: int, language: str) -> str:
-    """Speed, tokens, what was left out, how it ended."""
+def status_line(variant: Variant | None, context: int, language: str, *, names_model: bool = False) -> str:
+    """Speed, tokens, what was left out, how it ended; first the model, where there are several."""
     if variant is None or variant.error is not None or not variant.completion_tokens:
         return ""
     parts = [
@@ -122,6 +122,8 @@ def status_line(variant: Variant | None, context: int, language: str) -> str:
             context=context,
         )
     ]
+    if names_model and variant.model:
+        parts.insert(0, plain_markdown(variant.model))
     if variant.dropped_rounds:
         parts.append(word("dropped", language, dropped=variant.dropped_rounds))
     ends = {"length": "cut", "cancelled": "stopped"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,85 +22,89 @@ IN_BROWSER: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "priv
 def wire(blocks: gr.Blocks, parts: Parts, events: Events, ratings: Ratings, context: int) -> None:
     """Connect everything."""
     p = parts
-    view = [p.talk, p.chat, p.status, p.system, p.name, p.regenerate, p.undo, p.previous, p.place, p.next, p.prefer]
-    view += [p.send, p.stop, p.talks, p.new, p.delete, p.rated, p.language, p.save_feedback]
-    rating_view = [p.feedback_place, *p.opinion, p.delete_feedback]
-    common = [p.system, p.language, *p.sampling]
+    view = [p.chat, p.status, p.regenerate, p.undo, p.previous, p.place, p.next, p.prefer]
+    view += [p.send, p.stop, p.talks, p.new, p.delete, p.language, p.save_feedback]
+    view += [p.rated, p.feedback_place, *p.opinion, p.delete_feedback]
+    changed = [p.talk, *view]
+    common = [p.system, p.language, p.model, *p.sampling]
+    of_talk = [p.talk, p.side, p.system, p.name]
+    kept = [p.talk, p.talks, p.name]
 
     def in_browser(event: Any, call: str, inputs: list[Any], outputs: list[Any]) -> Any:
         return event(None, inputs, outputs, js=call, **IN_BROWSER)
 
     def shown(event: Any) -> Any:
-        """The server makes everything of the conversation that the browser has put into `talk`."""
-        opened = event(events.open, [p.talk, p.language], view, **ANY_NUMBER)
-        return opened.then(ratings.show, [p.talk, p.rated, p.language], rating_view, **ANY_NUMBER)
+        """The server makes everything of the conversation in `talk`; in the end, of the last that was put there."""
+        return event(events.open, [p.talk, p.language], view, trigger_mode="always_last", **ANY_NUMBER)
 
     def saved(event: Any) -> Any:
         """The browser saves the conversation that the server has changed."""
-        kept = in_browser(event.then, "(talk) => chatglmPage.save(talk)", [p.talk], [p.talks])
-        return kept.then(ratings.show, [p.talk, p.rated, p.language], rating_view, **ANY_NUMBER)
+        return in_browser(event, "(talk, name) => chatglmPage.save(talk, name)", [p.talk, p.name], kept)
 
     # Conversations
 
     def relabelled(language: str) -> Shown:
         return relabel(p, language)
 
-    kept_there = [p.language, p.talk, p.talks, p.consent, p.rater, p.side, *p.sampling]
-    start = in_browser(blocks.load, "() => chatglmPage.start()", [], kept_there)
-    labels = start.then(relabelled, [p.language], labelled(p), **ANY_NUMBER)
+    kept_there = [p.language, p.talks, p.consent, p.rater, *of_talk, p.model, *p.sampling]
+    start = in_browser(blocks.load, "(models) => chatglmPage.start(models)", [p.models], kept_there)
+    labels = start.then(relabelled, [p.language], labelled(p), trigger_mode="always_last", **ANY_NUMBER)
     shown(labels.then)
-    shown(in_browser(p.talks.input, "(id) => chatglmPage.open(id)", [p.talks], [p.talk, p.side]).then)
-    shown(in_browser(p.new.click, "() => chatglmPage.fresh()", [], [p.talk, p.talks, p.side]).then)
-    shown(in_browser(p.delete.click, "(talk) => chatglmPage.remove(talk)", [p.talk], [p.talk, p.talks]).then)
+    shown(in_browser(p.talks.input, "(id) => chatglmPage.open(id)", [p.talks], of_talk).then)
+    shown(in_browser(p.new.click, "() => chatglmPage.fresh()", [], [p.talks, *of_talk]).then)
+    shown(in_browser(p.delete.click, "(talk) => chatglmPage.remove(talk)", [p.talk], [p.talks, *of_talk]).then)
     renamed = "(talk, name) => chatglmPage.rename(talk, name)"
     for trigger in (p.rename.click, p.name.submit):
-        in_browser(trigger, renamed, [p.talk, p.name], [p.talk, p.talks])
+        in_browser(trigger, renamed, [p.talk, p.name], kept)
     for button, form in ((p.export_markdown, "markdown"), (p.export_json, "json")):
         in_browser(button.click, f"(talk) => {{ chatglmPage.exported(talk, '{form}'); return []; }}", [p.talk], [])
     in_browser(p.dark.click, "() => { chatglmPage.switchDark(); return []; }", [], [])
     chosen = in_browser(p.language.input, "(language) => [chatglmPage.setLanguage(language)]", [p.language], [p.talks])
-    shown(chosen.then(relabelled, [p.language], labelled(p), **ANY_NUMBER).then)
+    shown(chosen.then(relabelled, [p.language], labelled(p), trigger_mode="always_last", **ANY_NUMBER).then)
     in_browser(p.consent.input, "(given) => { chatglmPage.consent(given); return []; }", [p.consent], [])
+    in_browser(p.model.input, "(model) => { chatglmPage.keepModel(model); return []; }", [p.model], [])
     keep = "(...settings) => { chatglmPage.keepSettings(settings); return []; }"
     in_browser(partial(gr.on, [part.change for part in p.sampling]), keep, p.sampling, [])
     standard = defaults(context)
-    p.reset.click(lambda: [standard[name] for name in SAMPLING], [], p.sampling, **ANY_NUMBER)
+    in_browser(p.reset.click, f"() => {json.dumps([standard[name] for name in SAMPLING])}", [], p.sampling)
 
     # Questions and answers
 
     def answered(event: Any) -> Any:
-        return event(events.answer, [p.talk, *common], view, **ANY_NUMBER)
+        return event(events.answer, [p.talk, *common], changed, **ANY_NUMBER)
 
     asked = gr.on(
         [p.send.click, p.question.submit],
         events.begin,
         [p.talk, p.question, p.system, p.language],
-        [*view, p.question],
+        changed,
         **ANY_NUMBER,
     )
-    forked = p.chat.edit(events.fork, [p.talk, p.system, p.language], view, **ANY_NUMBER)
-    keep = "(talk) => chatglmPage.save(talk)"
-    new = [answered(in_browser(event.success, keep, [p.talk], [p.talks]).then) for event in (asked, forked)]
+    call = "(talk, name, box) => chatglmPage.asked(talk, name, box)"
+    begun = in_browser(asked.success, call, [p.talk, p.name, p.question], [*kept, p.question])
+    forked = p.chat.edit(events.fork, [p.talk, p.system, p.language], changed, **ANY_NUMBER)
+    new = [answered(event.then) for event in (begun, saved(forked.success))]
     again = [answered(event) for event in (p.regenerate.click, p.chat.retry)]
-    undone = p.undo.click(events.undo, [p.talk, p.language], [*view, p.question], **ANY_NUMBER)
-    before = p.previous.click(events.previous, [p.talk, p.language], view, **ANY_NUMBER)
-    after = p.next.click(events.next, [p.talk, p.language], view, **ANY_NUMBER)
-    for event in (*new, *again, undone, before, after):
-        saved(event)
+    before = p.previous.click(events.previous, [p.talk, p.language], changed, **ANY_NUMBER)
+    after = p.next.click(events.next, [p.talk, p.language], changed, **ANY_NUMBER)
+    for event in (*new, *again, before, after):
+        saved(event.then)
+    undone = p.undo.click(events.undo, [p.talk, p.language], [*changed, p.taken], **ANY_NUMBER)
+    call = "(talk, name, taken, box) => chatglmPage.undone(talk, name, taken, box)"
+    in_browser(undone.success, call, [p.talk, p.name, p.taken, p.question], [*kept, p.taken, p.question])
     p.stop.click(events.stop, None, None, **ANY_NUMBER)
 
     if p.feedback.visible:
-        wire_ratings(p, ratings, view, saved)
+        wire_ratings(p, ratings, changed, saved)
 
 
-def wire_ratings(p: Parts, ratings: Ratings, view: list[Any], saved: Callable[[Any], Any]) -> None:
+def wire_ratings(p: Parts, ratings: Ratings, changed: list[Any], saved: Callable[[Any], Any]) -> None:
     """Thumbs and the rating controls; a listener alone would make Gradio show thumbs."""
-    who = [p.language, p.rater, p.consent]
-    told = [*view, p.feedback, p.feedback_status, p.thumb]
-    liked = p.chat.like(ratings.like, [p.talk, *who], told, **ANY_NUMBER)
-    kept = p.save_feedback.click(ratings.save, [p.talk, p.rated, *who, *p.opinion], told, **ANY_NUMBER)
-    preferred = p.prefer.click(ratings.prefer, [p.talk, *who], told, **ANY_NUMBER)
-    gone = p.delete_feedback.click(ratings.delete, [p.talk, p.rated, p.language, p.rater], told, **ANY_NUMBER)
-    for event in (kept, preferred, gone):
-        saved(event)
-    liked.then(None, [p.talk], [p.talks], js="(talk) => chatglmPage.save(talk)", **IN_BROWSER)
+    who = [p.talk, p.rated, p.language, p.rater]
+    told = [*changed, p.feedback, p.feedback_status]
+    liked = p.chat.like(ratings.like, [*who, p.consent], told, **ANY_NUMBER)
+    kept = p.save_feedback.click(ratings.save, [*who, p.consent, *p.opinion], told, **ANY_NUMBER)
+    preferred = p.prefer.click(ratings.prefer, [*who, p.consent], told, **ANY_NUMBER)
+    gone = p.delete_feedback.click(ratings.delete, who, told, **ANY_NUMBER)
+    for event in (liked, kept, preferred, gone):
+        saved(event.then)

@@ -8,6 +8,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "conversations": ("Conversations", "对话"),
     "new": ("New conversation", "新对话"),
     "untitled": ("New conversation", "新对话"),
+    "model": ("Model", "模型"),
     "name": ("Name", "名称"),
     "rename": ("Rename", "重命名"),
     "delete": ("Delete", "删除"),
@@ -94,6 +95,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "unreachable": ("The server cannot be reached. Try again in a moment.", "无法连接服务器，请稍后再试。"),
     "no_answer": ("no answer", "没有回答"),
     "rated": ("Rating answer {number} of {count}", "正在评价第 {number} / {count} 个回答"),
+    "busy": (
+        "The last action is not finished yet: wait a moment, or stop the answer.",
+        "上一步操作尚未完成，请稍候，或先停止回答。",
+    ),
     "waiting": ("waiting for a turn…", "排队等待中…"),
 }
 

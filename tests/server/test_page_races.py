@@ -1,0 +1,173 @@
+"""What a reader types or chooses while an event of the page is on its way is the reader's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("gradio", reason="the extra `web` is not installed")
+
+from feedback_events import rows
+from page_client import PageClient
+from server_process import ServerProcess, until
+
+TYPED = {"system", "name", "question", "model", "consent", "rater", "language", "models", "side"}
+SAMPLING = {"temperature", "top-p", "top-k", "max-tokens", "repetition-penalty", "seed"}
+OPINION = {"thumb", "rating", "tags", "correction", "comment"}
+BUSY = "not finished yet"
+
+
+@pytest.fixture(scope="module")
+def db(tmp_path_factory):
+    return tmp_path_factory.mktemp("feedback") / "feedback.db"
+
+
+@pytest.fixture(scope="module")
+def web(db):
+    server = ServerProcess("--web", "--feedback-db", str(db))
+    yield server
+    server.audit()
+    assert server.stop() == 0
+    server.close()
+
+
+@pytest.fixture
+def page(web):
+    opened = PageClient(web)
+    opened.values |= {"max-tokens": 12, "temperature": 0}
+    yield opened
+    opened.close()
+
+
+def outputs(page, dependency):
+    return {page.names.get(number) for number in dependency["outputs"]}
+
+
+def test_no_answer_of_the_server_writes_what_a_reader_types(page):
+    found = 0
+    for dependency in page.config["dependencies"]:
+        if dependency["backend_fn"] and "warning" not in outputs(page, dependency):  # that one: the labels
+            found += 1
+            written = outputs(page, dependency) & (TYPED | SAMPLING)
+            assert written <= {"language"}, (dependency["targets"], written)  # which is switched off, not written
+    assert found > 10
+
+
+def test_another_language_changes_labels_and_no_value_that_a_reader_has_given(page):
+    (labels, *_) = [d for d in page.config["dependencies"] if d["backend_fn"] and "warning" in outputs(page, d)]
+    before = dict(page.values)
+    page.values["language"] = "zh"
+    page.run(labels)
+    assert page.values["send"] == "发送"
+    for name in (TYPED | SAMPLING | OPINION) - {"language"}:
+        assert page.values[name] == before[name], name
+
+
+def test_opening_a_conversation_does_not_write_it(page):
+    opening = [d for d in page.config["dependencies"] if d["backend_fn"] and "chat" in outputs(page, d)]
+    opening = [d for d in opening if "talk" not in outputs(page, d) and "warning" not in outputs(page, d)]
+    assert len(opening) == 5  # start, another, new, deleted, language
+    assert {d["trigger_mode"] for d in opening} == {"always_last"}  # two quick choices: the second is shown
+
+
+def test_an_opinion_that_is_written_during_an_answer_stays(page):
+    page.ask("hello")
+    page.values |= {"correction": "left over", "thumb": 1}
+    typed = {"correction": "what it should have said", "thumb": -1, "rating": 2, "tags": ["wrong"], "comment": "hm"}
+    came = []
+
+    def write():
+        if not came:
+            assert not page.values["correction"] and page.values["thumb"] is None  # it was about the answer before
+        came.append(1)
+        page.values |= typed
+
+    page.press("regenerate", meanwhile=write)
+    assert len(came) > 1 and page.values["place"] == "2 / 2"
+    assert {name: page.values[name] for name in typed} == typed
+
+
+def test_a_thumb_without_consent_is_still_there_when_consent_is_given(page, db):
+    page.ask("hello")
+    page.press("chat", "like", {"index": 1, "value": "x", "liked": True})
+    assert page.values["thumb"] == 1 and "consent" in page.values["feedback-status"]
+    page.values |= {"consent": True, "comment": "good"}
+    page.press("save-feedback")
+    assert rows(db, "SELECT thumb, comment FROM feedback") == [(1, "good")]
+    page.press("delete-feedback")
+    assert page.values["thumb"] is None and page.values["comment"] == ""
+
+
+def test_a_rating_writes_none_of_the_controls_but_those_of_another_answer(page, db):
+    page.ask("one")
+    page.ask("two")
+    page.values |= {"consent": True, "comment": "about two"}
+    page.press("chat", "like", {"index": 3, "value": "x", "liked": True})
+    assert page.values["thumb"] == 1 and page.values["comment"] == "about two"
+    page.press("chat", "like", {"index": 1, "value": "x", "liked": False})
+    assert page.values["thumb"] == -1 and page.values["comment"] == "" and page.values["rated"] == 0
+    assert "1 of 2" in page.values["feedback-place"]
+    for _ in range(2):
+        page.press("delete-feedback")
+        page.values["rated"] = 1
+    assert rows(db, "SELECT * FROM feedback") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "data"),
+    [
+        ("send", "click", None),
+        ("regenerate", "click", None),
+        ("chat", "edit", {"index": 0, "previous_value": "hello", "value": "changed"}),
+        ("undo", "click", None),
+        ("previous", "click", None),
+        ("save-feedback", "click", None),
+        ("delete-feedback", "click", None),
+        ("prefer", "click", None),
+    ],
+)
+def test_during_an_answer_nothing_else_changes_its_conversation(web, name, kind, data):
+    page, other = PageClient(web, session=f"busy{name}"), PageClient(web, session=f"busy{name}")
+    page.values |= {"max-tokens": 8, "temperature": 0}
+    page.ask("hello")
+    page.values |= {"max-tokens": 900, "temperature": 2, "top-p": 1, "thumb": 1, "consent": True}
+    other.values |= page.values | {"question": "another"}
+    page.begin("写一个很长很长的故事")
+    refused = 0
+    for message in page.follow():
+        if message["msg"] == "process_generating" and not refused:
+            refused = 1
+            other.start(name, kind, data)
+        if message["msg"] == "process_completed" and not message["success"]:
+            assert BUSY in message["output"]["error"], message
+            refused = 2
+            other.start("stop")
+    assert refused == 2
+    until(web.is_idle, "the answer to be over")
+    page.close()
+    other.close()
+
+
+def test_a_thumb_during_an_answer_stores_nothing_and_says_why(web, db):
+    page, other = PageClient(web, session="thumbs"), PageClient(web, session="thumbs")
+    page.values |= {"max-tokens": 8, "temperature": 0}
+    page.ask("hello")
+    page.values |= {"max-tokens": 900, "temperature": 2, "top-p": 1, "consent": True}
+    other.values |= page.values
+    page.begin("写一个很长很长的故事")
+    told = ""
+    liked = other.event("chat", "like")
+    for message in page.follow():
+        if message["msg"] == "process_generating" and not told:
+            told = "pressed"
+            other.start("chat", "like", {"index": 1, "value": "x", "liked": True})
+        if message["msg"] == "process_completed" and len(message["output"]["data"]) == len(liked["outputs"]):
+            other.take(liked, message["output"]["data"])
+            told = other.values["feedback-status"]
+            other.start("stop")
+    assert BUSY in told and rows(db, "SELECT * FROM feedback") == []
+    assert json.loads(other.values["talk"])["rounds"][0]["variants"][0]["opinion"] is None
+    until(web.is_idle, "the answer to be over")
+    page.close()
+    other.close()
