@@ -23,6 +23,7 @@ from ...model import GLM
 from ...tokenizer import Tokenizer
 from ..loop import Report, train
 from ..loss import LossSum, batch_loss
+from ..methods import method_name
 from ..metrics import Say
 from ..preparing import DTYPES, precision_of
 from ..run_config import AT_LEAST_1, ModelSettings, OptimizerSettings, RunConfig
@@ -96,6 +97,11 @@ def check_bootstrap(config: BootstrapRun) -> None:
         )
     if not config.reward.model and not config.reward.judge:
         raise TrainingError("nothing scores the answers", cure="reward: {model: FOLDER}, or a rule in reward.judge")
+    if method_name(config) != "full":
+        raise TrainingError(
+            f"`method.name` is {config.method['name']}; the rounds of a bootstrap train all weights",
+            cure="method: {name: full}; `chatglm train rloo` and `dpo` take adapters",
+        )
     check_whole(config)
     if config.steps is None:
         raise TrainingError("`steps` of a round are missing", cure="steps: 100")

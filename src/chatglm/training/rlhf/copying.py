@@ -27,6 +27,14 @@ def copy_of(model: GLM) -> GLM:
     return made.train(model.training)
 
 
+def without_dropout(model: GLM) -> GLM:
+    """The same model, in place, with nothing dropped in training: ratios compare it with what drew the answers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def in_dtype(model: nn.Module, dtype: torch.dtype) -> list[Any]:
     """Let activations of a frozen model run in the dtype that the loop trains in: its log-probabilities are compared.
 

@@ -21,6 +21,7 @@ from .advantages import against_reference
 from .answers import closed_sample, one_a_row
 from .guards import clip_rewards
 from .policy import action_logprobs, by_tokens
+from .reference import Reference, standing
 from .reward import RewardModel
 from .rollout import Answer, Prompt
 
@@ -167,7 +168,7 @@ def reward_answers(
 
 def gather_experience(
     policy: GLM,
-    reference: GLM,
+    reference: Reference,
     answers: list[Answer],
     rewards: Tensor,
     scores: Tensor,
@@ -179,7 +180,8 @@ def gather_experience(
     config: ModelConfig = policy.config
     samples = [answer.sample(config) for answer in answers]
     logprobs, entropy = action_logprobs(policy, samples, attend=attend, most_tokens=most_tokens)
-    said, _ = action_logprobs(reference, samples, attend=attend, most_tokens=most_tokens)
+    with standing(reference) as model:
+        said, _ = action_logprobs(model, samples, attend=attend, most_tokens=most_tokens)
     counts = [sample.loss_tokens for sample in samples]
     starts = [0]
     for count in counts:

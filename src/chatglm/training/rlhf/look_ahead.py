@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...errors import TrainingError
+from ..adapters.costs import costs
 from ..forecast import forecast, lines_of
 from ..schedules import steps_for
 from ..starting import starting_config, starting_tokenizer
@@ -48,8 +49,9 @@ def look_at_prompts(run: OnlineRun) -> dict[str, Any]:
         opened(run.data.general, run, config, "data.general")
     each = run.group.answers if isinstance(run, RLOORun) else 1
     has_value = isinstance(run, PPORun) and run.ppo.value == "separate"
-    frozen = (1 + bool(run.reward.model) + bool(run.reward.alarm)) * config.num_parameters * FLOAT_BYTES
-    trained = config.num_parameters * (2 if has_value else 1)
+    trained, frozen = costs(run) or (config.num_parameters, config.num_parameters * FLOAT_BYTES)  # with the reference
+    frozen += (bool(run.reward.model) + bool(run.reward.alarm)) * config.num_parameters * FLOAT_BYTES
+    trained += config.num_parameters if has_value else 0
     told = forecast(run, config, trained=trained, frozen_bytes=frozen)
     data = {"prompts": len(prompts), "held_out": len(held), "answers_a_round": run.online.prompts * each}
     line = f"data       {len(prompts):,} prompts, {len(held):,} held out; {data['answers_a_round']:,} answers a round"

@@ -27,6 +27,7 @@ from .experience import Experience, RewardFunction, RewardRules, gather_experien
 from .guards import AdaptiveBeta
 from .pairs import permutation
 from .policy import ActionScores, score_actions
+from .reference import Reference
 from .rollout import Answer, Prompt, RolloutEngine, RolloutRate
 from .sharing import from_all, own_stretch
 from .watch import answer_metrics, kl_metrics
@@ -144,7 +145,7 @@ class Online:
         self,
         model: nn.Module,
         policy: GLM,
-        reference: GLM,
+        reference: Reference,
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         reward: RewardFunction,
@@ -157,6 +158,7 @@ class Online:
         seed: int = 0,
         attend: Attend = sdpa_attention,
         engine_dtype: torch.dtype | None = None,
+        kernels: str | None = None,
     ) -> None:
         if not prompts:
             raise TrainingError("there are no prompts to answer", cure="prompts: {files: [prompts.jsonl]}")
@@ -173,12 +175,12 @@ class Online:
             )
         self.steps_a_round = settings.epochs * self.answers_a_round // batch_rows
         self.engine = RolloutEngine(
-            policy, tokenizer, settings.max_new, batch=settings.rollout_batch, dtype=engine_dtype
+            policy, tokenizer, settings.max_new, batch=settings.rollout_batch, dtype=engine_dtype, kernels=kernels
         )
         self.beta = AdaptiveBeta(settings.beta, settings.beta_target)
         self.round: Round | None = None
-        reference.requires_grad_(False)
-        reference.eval()
+        if isinstance(reference, GLM):
+            reference.requires_grad_(False).eval()
 
     # hooks of the loop
 

@@ -7,7 +7,7 @@ and the win-rate is against them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,8 @@ from ..samples import Batch
 from .experience import Experience, RewardFunction, gather_experience, put_together
 from .guards import Guards, Watchman, clip_rewards
 from .online import Online
-from .rollout import Answer, Prompt, RolloutEngine, make_prompt
+from .reference import standing
+from .rollout import Answer, Prompt, RolloutEngine, RolloutRate, make_prompt
 from .sharing import from_all, own_stretch
 from .watch import answer_metrics, kl_metrics
 
@@ -55,14 +56,14 @@ class Evaluation:
 
     def begin(self) -> dict[str, float]:
         """Figures of the reference, before anything was learned; call it once."""
-        reference = self.online.reference
-        own = self.online.engine
-        engine = RolloutEngine(reference, self.online.tokenizer, own.max_new, batch=own.batch, dtype=own.dtype)
-        self.first = self._drawn(engine)
-        self.greedy_at_first = self._greedy(engine)
-        if self.general is not None:
-            self.general_at_first = general_loss(reference, self.general, attend=self.online.attend)
-        return self._judge(self.first, reference)
+        online, own = self.online, self.online.engine
+        with standing(online.reference) as reference:
+            engine = replace(own, model=reference, rate=RolloutRate(), _engine=None, _capacity=0, _twin=None)
+            self.first = self._drawn(engine)
+            self.greedy_at_first = self._greedy(engine)
+            if self.general is not None:
+                self.general_at_first = general_loss(reference, self.general, attend=online.attend)
+            return self._judge(self.first, reference)
 
     def __call__(self) -> dict[str, float]:
         """Figures of the policy now, canaries printed, guards asked."""

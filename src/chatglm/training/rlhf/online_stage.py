@@ -18,22 +18,24 @@ from ...evaluation.judges import Judge, judge_of
 from ...model import GLM
 from ...tokenizer import Tokenizer
 from ..loop import Report, train
+from ..methods import method_name, tuned
 from ..metrics import Say
 from ..preparing import DTYPES, precision_of
 from ..run_config import AT_LEAST_0, SHARE, ModelSettings, OptimizerSettings, RunConfig
 from ..samples import Batch
 from ..sharding import joined
-from ..starting import EMBEDDED, starting_config, starting_model, starting_tokenizer
+from ..starting import EMBEDDED, starting_config, starting_tokenizer
 from ..task import StreamSource, Task
 from ..text_stage import opened
 from .algorithms import PPO, Group, with_value
-from .copying import copy_of, in_dtype, own_device
+from .copying import copy_of, in_dtype, own_device, without_dropout
 from .experience import Baseline, ModelReward, RewardFunction, RewardRules, RuleReward
 from .guards import Guards
 from .online import Algorithm, Online, OnlineSettings
 from .online_evaluation import Evaluation, said
 from .ppo import PPOSettings
 from .prompts import read_prompts, split_prompts
+from .reference import FirstValues, Reference
 from .reward import RewardModel, load_reward_model
 from .reward_stage import calm
 from .rloo import GroupSettings
@@ -143,11 +145,11 @@ Maker = Callable[[GLM, RewardModel | None], tuple[torch.nn.Module, Algorithm]]
 
 def check_online(config: OnlineRun) -> tuple[list[Prompt], list[Prompt]]:
     """Everything that can be refused before weights are read; returns the prompts, training and held-out."""
-    name = str(config.method.get("name", "full"))
-    if name != "full":
+    is_separate = isinstance(config, PPORun) and config.ppo.value == "separate"
+    if method_name(config) != "full" and is_separate and not config.reward.model:
         raise TrainingError(
-            f"`method.name` is {name}; learning from one's own answers trains all weights",
-            cure="method: {name: full}, or merge the adapter first; `chatglm train dpo` takes adapters",
+            f"`method.name` is {config.method['name']}, and a value model apart would be a whole copy that learns",
+            cure="ppo.value: shared, or a reward.model that it starts as",
         )
     check_whole(config)
     if not config.data.train:
@@ -188,15 +190,18 @@ def _in_group(
     """The run within the group of its processes, which share every draw."""
     say = progress or (lambda text: None)
     device = own_device(config)
-    policy = starting_model(config.model, config.seed).to(device)
+    tuning = tuned(config)
+    policy = without_dropout(tuning.glm.to(device))
     tokenizer = starting_tokenizer(config.model, policy.config)
     reward_model = load_reward_model(config.reward.model, device=device) if config.reward.model else None
     model, algorithm = made(policy, reward_model)
     general, watched = _general(config, policy.config)
     narrow = DTYPES[precision_of(config.compute, device)]
-    reference = copy_of(policy).eval()
-    for frozen in (reference, *([reward_model] if reward_model is not None else [])):
-        in_dtype(frozen, narrow)
+    is_adapter = tuning.exported is not None
+    reference: Reference = FirstValues.of(policy) if is_adapter else copy_of(policy).eval()
+    for frozen in (reference, reward_model):
+        if isinstance(frozen, torch.nn.Module):
+            in_dtype(frozen, narrow)
     online = Online(
         model,
         policy,
@@ -210,7 +215,8 @@ def _in_group(
         rules=RewardRules(config.guards.reward_clip, config.reward.baseline, config.reward.missing_eop_penalty),
         general=general,
         seed=config.seed,
-        engine_dtype=None if narrow == torch.float32 else narrow,
+        engine_dtype=None if narrow == torch.float32 or is_adapter else narrow,
+        kernels="torch" if is_adapter else None,  # others read the base's weights past the adapter
     )
     alarm = ModelReward(load_reward_model(config.reward.alarm, device=device)) if config.reward.alarm else None
     judge: Judge | None = judge_of(config.judge) if config.judge else None
@@ -227,6 +233,7 @@ def _in_group(
         on_checkpoint=online.on_checkpoint,
         on_resume=online.on_resume,
         stops=evaluation.after_step,
+        exported=tuning.exported,
     )
     report = train(task, steady(config), progress=progress, restart=restart)
     if report.finished and int(os.environ.get("RANK", "0")) == 0:
