@@ -167,6 +167,44 @@ def test_a_guard_ends_the_run_and_says_why(tiny_tokenizer: Tokenizer, tmp_path: 
     assert any("stopped at step" in line for line in said)
 
 
+def watched_run(
+    tokenizer: Tokenizer, out: Path, steps: int, guards: Guards | None = None
+) -> tuple[Report, Evaluation, int]:
+    """A run that is evaluated and saved every other step, and how many steps it took now."""
+    task, online = online_task(tokenizer, "rloo")
+    evaluation = Evaluation(
+        online, prompts_of(tokenizer), guards or Guards(), judge=lambda prompt, answer: len(answer) > 10
+    )
+    evaluation.begin()
+    task.evaluate, task.stops = evaluation, evaluation.after_step
+    task.on_checkpoint, task.on_resume = evaluation.on_checkpoint, evaluation.on_resume
+    taken: list[int] = []
+    task.before_step = lambda step: (taken.append(step), online.before_step(step))[1]
+    sections = {"save": {"every": 2}, "evaluate": {"every": 2, "rows": 0}}
+    return train(task, run_of(out, steps=steps, **sections)), evaluation, len(taken)
+
+
+def test_what_the_guards_saw_is_remembered_when_a_run_goes_on(tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    _, whole, _ = watched_run(tiny_tokenizer, tmp_path / "whole", 8)
+    watched_run(tiny_tokenizer, tmp_path / "parts", 4)
+    _, parts, taken = watched_run(tiny_tokenizer, tmp_path / "parts", 8)
+    assert taken == 4 and len(whole.watchman.history) == 4
+    assert parts.watchman.history == whole.watchman.history and parts.figures == whole.figures
+
+
+def test_a_run_that_a_guard_stopped_stays_stopped_until_its_limit_is_another(
+    tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    strict = Guards(patience=1, least_parting=-1.0)  # any rise of the reward counts as parting
+    report, evaluation, _ = watched_run(tiny_tokenizer, tmp_path, 20, strict)
+    assert report.stopped is not None and "reward and judge part" in report.stopped and report.step < 20
+    again, _, taken = watched_run(tiny_tokenizer, tmp_path, 20, strict)
+    assert (again.stopped, taken, again.finished) == (report.stopped, 0, True)
+    other, resumed, taken = watched_run(tiny_tokenizer, tmp_path, report.step + 2, Guards(patience=0))
+    assert taken == 2 and other.stopped is None
+    assert resumed.watchman.history[: len(evaluation.watchman.history)] == evaluation.watchman.history
+
+
 def test_an_evaluation_tells_judge_reward_and_what_was_forgotten(tiny_tokenizer: Tokenizer) -> None:
     _, online = online_task(tiny_tokenizer, "rloo")
     said: list[str] = []

@@ -140,6 +140,7 @@ class Trainer:
         self.begin(restart=restart)
         report = Report(self.run.out)
         begin, since = time.monotonic(), _Since(self.place)
+        report.stopped = self._stage_stops()  # as it did before it was resumed
         with StopSignal() as stop:
             while self.place.step < self.total and not (report.stopped or self.world.any(stop.is_set)):
                 if self.task.before_step is not None:
@@ -149,7 +150,7 @@ class Trainer:
                     since = _Since(self.place)
                     continue
                 self._after_step(figures, report, since)
-                report.stopped = self.task.stops() if self.task.stops is not None else None
+                report.stopped = self._stage_stops()
         if report.stopped:
             self.say(f"stopped at step {self.place.step:,}: {report.stopped}")
         self._finish(report, is_done=self.place.step >= self.total or report.stopped is not None)
@@ -306,6 +307,9 @@ class Trainer:
         return True
 
     # between steps
+
+    def _stage_stops(self) -> str | None:
+        return self.task.stops() if self.task.stops is not None else None
 
     def _after_step(self, figures: StepFigures, report: Report, since: _Since) -> None:
         run, step = self.run, self.place.step

@@ -69,7 +69,7 @@ class Task:
     on_checkpoint  may write more files into a checkpoint folder that is being made (process 0 only)
     on_resume      reads them again (every process)
     exported       what becomes `OUT/model`, if not the GLM in `model`; called on every process
-    stops          asked after every step: why the run should end here as if it were done, or None to go on
+    stops          asked at the start and after every step: why the run should end here as if it were done, or None
     """
 
     model: nn.Module

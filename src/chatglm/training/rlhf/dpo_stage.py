@@ -45,7 +45,9 @@ class DPORun(RunConfig):
 def reference_sums(model: GLM, pairs: Sequence[Pair], *, attend: Attend = sdpa_attention) -> Tensor:
     """Log-probability of both answers of each pair, fp32 [pairs, 2]: what the reference says once and for all."""
     samples = [sample for pair in pairs for sample in policy_row(pair, model.config)]
-    logprobs, _ = action_logprobs(model, samples, attend=attend)
+    was_training = model.training
+    logprobs, _ = action_logprobs(model.eval(), samples, attend=attend)  # nothing of an adapter is dropped
+    model.train(was_training)
     lengths = [sample.loss_tokens for sample in samples]
     sums: Tensor = torch.stack([part.sum() for part in logprobs.cpu().split(lengths)]).unflatten(0, (-1, 2))
     return sums

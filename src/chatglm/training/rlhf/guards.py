@@ -50,6 +50,10 @@ class Watchman:
     def after_evaluation(self, metrics: Mapping[str, float]) -> str | None:
         """metrics: `reward`, and where there are such, `judged_rate` and `alarm_reward` (second reward model)."""
         self.history.append(dict(metrics))
+        return self.verdict()
+
+    def verdict(self) -> str | None:
+        """Why to stop, by all evaluations so far."""
         return self._parting() or self._alarm()
 
     def _parting(self) -> str | None:

@@ -6,8 +6,10 @@ and the win-rate is against them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,8 @@ from .reference import standing
 from .rollout import Answer, Prompt, RolloutEngine, RolloutRate, make_prompt
 from .sharing import from_all, own_stretch
 from .watch import answer_metrics, kl_metrics
+
+GUARDS_FILE = "guards.json"
 
 EVALUATION_SEED = 20_230_315
 """Of the answers that are judged; apart from those that are trained on."""
@@ -96,6 +100,19 @@ class Evaluation:
         if self.online.round is not None:
             self.stop_reason = self.stop_reason or self.watchman.after_step(self.online.round.figures)
         return self.stop_reason
+
+    def on_checkpoint(self, folder: Path) -> None:
+        """Keep what the guards remember."""
+        facts = {"figures": self.figures, "history": self.watchman.history}
+        (folder / GUARDS_FILE).write_text(json.dumps(facts), encoding="utf-8")
+
+    def on_resume(self, folder: Path) -> None:
+        """Remember it again, and judge it by the limits of now."""
+        path = folder / GUARDS_FILE
+        if path.exists():
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            self.figures, self.watchman.history = facts["figures"], facts["history"]
+            self.stop_reason = self.watchman.verdict()
 
     def _drawn(self, engine: RolloutEngine) -> list[Answer]:
         """An answer to each held-out prompt, of which every process draws some."""

@@ -224,14 +224,23 @@ def _in_group(
     evaluation = Evaluation(online, held, config.guards, judge, alarm, watched, say)
     first = evaluation.begin()
     say("before: " + said(first))
+
+    def on_checkpoint(folder: Path) -> None:
+        online.on_checkpoint(folder)
+        evaluation.on_checkpoint(folder)
+
+    def on_resume(folder: Path) -> None:
+        online.on_resume(folder)
+        evaluation.on_resume(folder)
+
     task = Task(
         model,
         online.loss,
         online,
         evaluate=evaluation,
         before_step=online.before_step,
-        on_checkpoint=online.on_checkpoint,
-        on_resume=online.on_resume,
+        on_checkpoint=on_checkpoint,
+        on_resume=on_resume,
         stops=evaluation.after_step,
         exported=tuning.exported,
     )
