@@ -34,6 +34,7 @@ from .stability import Verdict, Watch
 from .state import Checkpoints, Place, tensors_of
 from .stopping import StopSignal
 from .task import Source, Task
+from .watchdog import Watchdog
 
 SEED_STRIDE = 1_000_003
 """Seeds of neighbouring steps and processes lie this far apart."""
@@ -126,9 +127,11 @@ class Trainer:
         self.saved_at: int | None = None
         self.metrics: MetricsLog | None = None
         self.reader = Reader()
+        self.watchdog = Watchdog(run.parallel.stall_s, f"process {world.rank} of {world.size}")
 
     def close(self) -> None:
         """Let go of threads, files and hooks."""
+        self.watchdog.close()
         self.reader.close()
         self.checkpoints.close()
         self.hook.remove()
@@ -143,6 +146,7 @@ class Trainer:
         report.stopped = self._stage_stops()  # as it did before it was resumed
         with StopSignal() as stop:
             while self.place.step < self.total and not (report.stopped or self.world.any(stop.is_set)):
+                self.watchdog.expect(f"step {self.place.step + 1:,}")
                 if self.task.before_step is not None:
                     self.task.before_step(self.place.step)
                 figures = self.step()
@@ -153,6 +157,7 @@ class Trainer:
                 report.stopped = self._stage_stops()
         if report.stopped:
             self.say(f"stopped at step {self.place.step:,}: {report.stopped}")
+        self.watchdog.expect(None)
         self._finish(report, is_done=self.place.step >= self.total or report.stopped is not None)
         report.seconds = time.monotonic() - begin
         return report
@@ -210,6 +215,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Mean loss of the held-out rows, and what the stage adds."""
+        self.watchdog.expect(f"the evaluation after step {self.place.step:,}")
         figures: dict[str, float] = {}
         held_out, rows = self.task.held_out, self.run.evaluate.rows
         if held_out is not None and rows:
@@ -221,6 +227,7 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this moment."""
+        self.watchdog.expect(f"the checkpoint of step {self.place.step:,}")
         tensors = tensors_of(self.model, self.optimizer)
         self.checkpoints.save(self.place, tensors, as_mapping(self.run), self.task.on_checkpoint)
         self.saved_at = self.place.step
@@ -354,6 +361,7 @@ class Trainer:
         self.checkpoints.wait()
         if is_done and not report.evaluation:
             report.evaluation = self.evaluate()
+        self.watchdog.expect(None)
         if is_done and self.run.export.enabled:
             report.model = self._export()
         report.step, report.tokens, report.finished = place.step, place.tokens, is_done

@@ -121,11 +121,14 @@ class ParallelSettings:
     strategy   ddp: whole model in every process; fsdp: parameters, gradients and optimiser state in parts; auto: fsdp
     tensor     processes that share each matrix (tensor parallel); the others share the data
     timeout_s  a collective that takes longer ends the run
+    stall_s    a step, evaluation or checkpoint that takes longer is reported with the stack of every thread and ends
+               the process (exit code 75), so that torchrun begins anew from the last checkpoint; 0: never
     """
 
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     tensor: int = field(default=1, metadata=AT_LEAST_1)
     timeout_s: float = field(default=1800.0, metadata=in_range(low=1))
+    stall_s: float = field(default=0.0, metadata=AT_LEAST_0)
 
 
 @dataclass(frozen=True)
