@@ -4,23 +4,43 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import chatglm
+from adapter_folders import low_rank_folder
 from browser.conftest import photograph, ready
+from chatglm.config import read_config
 from feedback_events import rows
 from server_process import ServerProcess, until
 
 QUESTION = "#question textarea"
+CONFIG = read_config(Path(chatglm.__file__).parent / "assets" / "mini" / "config.json")
 NAME = "#name textarea, #name input"
+
+
+def opened(page: Any, panel: str, last: str) -> None:
+    """Open a panel. Gradio draws what is in it and writes its values a frame later; nobody types that fast."""
+    page.locator(f"#{panel} > button").click()
+    page.locator(last).wait_for(state="visible")
+    frames(page)
+
+
+def frames(page: Any) -> None:
+    """Let the browser draw five times."""
+    page.evaluate(
+        "async () => { for (let n = 0; n < 5; n++)"
+        " await new Promise(next => requestAnimationFrame(() => setTimeout(next))) }"
+    )
 
 
 def setting(page: Any, name: str, value: str) -> None:
     """A slider's or a text field's value; the panel is opened if it is not."""
     field = page.locator(f"#{name} input[type=number], #{name} textarea").first
     if not field.is_visible():
-        page.locator("#settings > button").click()
+        opened(page, "settings", "#seed input, #seed textarea")
     field.fill(value)
     field.blur()
 
@@ -101,7 +121,7 @@ def test_a_conversation_outlives_a_reload_and_a_new_one_is_beside_it(page, web):
 def test_renaming_and_deleting_a_conversation(page):
     ask(page, "hello")
     saved_when(page, has_answer, "the conversation")
-    page.locator("#manage > button").click()
+    opened(page, "manage", "#export-json")
     shows(page, NAME, "hello")
     page.fill(NAME, "stop")  # a word that Gradio could take for a text of its own
     page.click("#rename")
@@ -143,8 +163,7 @@ def test_what_is_typed_before_the_page_has_opened_its_conversation_stays(web, br
     page.reload()
     held.wait()
     page.fill(QUESTION, "already typed")
-    page.locator("#settings > button").click()
-    shows(page, "#temperature input[type=number]", "0")
+    opened(page, "settings", "#seed input, #seed textarea")
     page.locator("#system textarea").fill("Be brief.")
     held.let_go()
     page.wait_for_function("() => document.querySelectorAll('#chat .message.bot').length === 1")
@@ -191,7 +210,7 @@ def test_a_question_during_an_answer_waits_in_its_box_and_a_name_that_is_given_m
     page.fill(QUESTION, "and another")
     page.press(QUESTION, "Enter")
     page.get_by_text("not finished yet").first.wait_for()
-    page.locator("#manage > button").click()
+    opened(page, "manage", "#export-json")
     shows(page, NAME, "写一个很长很长的故事")
     page.fill(NAME, "a story")
     page.click("#rename")
@@ -432,6 +451,8 @@ def test_a_rating_needs_consent_once_and_can_be_changed_and_deleted(page, db):
     page.get_by_role("button", name="Like", exact=True).last.click()
     page.wait_for_function("() => document.querySelector('#feedback-status')?.innerText.includes('consent')")
     assert rows(db, "SELECT * FROM feedback") == []
+    page.locator("#delete-feedback").wait_for()
+    frames(page)
     photograph(page, "consent")
     page.locator("#consent input").check()
     page.locator("#rating input").nth(3).check()
@@ -448,7 +469,7 @@ def test_a_rating_needs_consent_once_and_can_be_changed_and_deleted(page, db):
     until(lambda: rows(db, query) == [(-1, 4, "a better answer", '["wrong"]')], "the other thumb, without asking again")
     page.reload()
     ready(page)
-    page.locator("#feedback > button").click()
+    opened(page, "feedback", "#delete-feedback")
     page.wait_for_function("() => document.querySelector('#correction textarea')?.value === 'a better answer'")
     page.click("#delete-feedback")
     until(lambda: rows(db, query) == [], "the rating to be gone")
@@ -548,6 +569,27 @@ def test_a_server_that_dies_in_an_answer_loses_no_question_and_the_page_comes_ba
     page.click("#regenerate")
     (talk,) = saved_when(page, has_answer, "the answer")
     assert talk["rounds"][0]["question"] == "写一个很长很长的故事"
+
+
+def test_a_model_is_chosen_and_kept(browse, start_web, tmp_path):
+    loud = low_rank_folder(tmp_path / "loud", CONFIG, seed=2, size=0.3)
+    page = browse(start_web("--adapter", f"loud={loud}"))
+    setting(page, "max-tokens", "8")
+    page.locator("#model input").click()
+    page.get_by_role("option", name="chatglm:loud").click()
+    page.reload()
+    ready(page)
+    shows(page, "#model input", "chatglm:loud")
+    page.fill(QUESTION, "hello")
+    page.press(QUESTION, "Enter")
+    (talk,) = saved_when(page, has_answer, "the answer")
+    assert talk["rounds"][0]["variants"][0]["model"] == "chatglm:loud"
+    page.get_by_text("chatglm:loud ·").wait_for()
+    photograph(page, "model")
+
+
+def test_without_adapters_there_is_no_choice_of_models(page):
+    assert page.locator("#model").count() == 0 or not page.locator("#model").is_visible()
 
 
 def test_with_a_key_the_page_asks_once(browse, start_web):

@@ -64,6 +64,26 @@ def test_another_language_changes_labels_and_no_value_that_a_reader_has_given(pa
         assert page.values[name] == before[name], name
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", 7), ("temperature", "x"), ("top-p", None), ("max-tokens", [1]), ("language", "xx"), ("model", 3)],
+)
+def test_values_that_no_control_gives_end_in_words_and_not_in_a_traceback(page, web, name, value):
+    page.values[name] = value
+    page.values["question"] = "hello"
+    page.press("send")
+    (variant,) = page.talk["rounds"][0]["variants"]
+    assert variant["error"] or variant["text"]
+    assert "Traceback" not in web.log
+
+
+def test_opinions_that_no_control_gives_are_dropped(page, web):
+    page.ask("hello")
+    page.values |= {"thumb": "x", "rating": [9], "tags": 5, "correction": {"a": 1}, "consent": False}
+    page.press("save-feedback")
+    assert "Traceback" not in web.log
+
+
 def test_opening_a_conversation_does_not_write_it(page):
     opening = [d for d in page.config["dependencies"] if d["backend_fn"] and "chat" in outputs(page, d)]
     opening = [d for d in opening if "talk" not in outputs(page, d) and "warning" not in outputs(page, d)]

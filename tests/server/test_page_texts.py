@@ -39,7 +39,7 @@ def test_the_switch_of_languages_reaches_every_text_that_has_a_component():
     assert said_by_events == {
         "title", "untitled", "temperature_hint", "previous", "next", "no_store", "saved", "deleted", "needs_consent",
         "needs_opinion", "needs_answer", "needs_question", "failed", "status", "dropped", "cut", "stopped", "ask_key",
-        "wrong_key", "unreachable", "no_answer", "rated", "busy", "waiting",
+        "wrong_key", "unreachable", "no_answer", "rated", "busy", "empty_answer", "waiting",
     }  # fmt: skip
 
 
@@ -143,6 +143,21 @@ def test_the_status_line_says_what_was_left_out_and_how_it_ended():
     for part in ("12.3 tokens/s", "10 tokens", "100 of 128", "2 rounds", word("cut", "en")):
         assert part in line
     assert status_line(Variant(), 128, "en") == ""
+
+
+def test_an_answer_without_a_word_is_told_once_it_is_over():
+    def shown(**more):
+        return messages(Talk(rounds=[Round(question="q", variants=[Variant(text=" ", **more)])]), "en")[1]["content"]
+
+    assert shown(finish="stop") == "*empty answer*"
+    assert shown() == " "  # it may still come
+    assert "empty" not in shown(error="internal_error")
+
+
+def test_the_model_is_named_where_there_are_several():
+    variant = Variant(model="chatglm:a<b>", completion_tokens=1)
+    assert status_line(variant, 128, "en", names_model=True).startswith("chatglm:a&lt;b> · ")
+    assert "chatglm" not in status_line(variant, 128, "en")
 
 
 def test_an_unknown_error_shows_the_apis_own_words():

@@ -104,9 +104,9 @@ class Events:
         """A new question at the end. The browser saves it before it is answered, and takes it out of its box."""
         self.check_free(request, language)
         talk = given_talk(text)
-        if not question.strip():
+        if not given_text(question).strip():
             raise gr.Error(word("needs_question", language), print_exception=False)
-        talk.system = system or ""
+        talk.system = given_text(system)
         talk.add_question(question)
         return self._waiting(talk, language)
 
@@ -118,7 +118,7 @@ class Events:
         if not 0 <= number < len(talk.rounds):
             raise gr.Error(word("needs_question", language), print_exception=False)
         forked = talk.fork(number, typed(str(event.value)))
-        forked.system = system or ""
+        forked.system = given_text(system)
         return self._waiting(forked, language)
 
     def _waiting(self, talk: Talk, language: str) -> Shown:
@@ -147,7 +147,7 @@ class Events:
         self, request: gr.Request, talk: Talk, system: str, language: str, model: str, *sampling: Any
     ) -> AsyncIterator[Shown]:
         parts = self._parts
-        talk.system = system or ""
+        talk.system = given_text(system)
         round, asked = talk.rounds[-1], talk.messages_of(len(talk.rounds) - 1, talk.system)
         before, round.variants = list(round.variants), []
         waiting = messages(talk, language, is_waiting=True)
@@ -158,7 +158,7 @@ class Events:
             **rating_controls(parts, talk, None, language),  # now, not at the end: an opinion may be written meanwhile
             **self._busy(True),
         }
-        model = model or self._backend.model_name
+        model = given_text(model) or self._backend.model_name
         variant = Variant(model=model, system=talk.system)
         try:
             settings = {name: whole(value) for name, value in zip(SAMPLING, sampling, strict=True)}
@@ -231,9 +231,14 @@ class Events:
 def given_talk(text: str | None) -> Talk:
     """The browser's conversation. What is none is told by Gradio, and nothing of the page changes."""
     try:
-        return read_talk(text)
+        return read_talk(given_text(text))
     except APIError as error:
         raise gr.Error(error.message, print_exception=False) from None
+
+
+def given_text(value: Any) -> str:
+    """A text of the browser's; empty for what is none."""
+    return value if isinstance(value, str) else ""
 
 
 def owner_of(request: gr.Request) -> Owner:
@@ -246,7 +251,8 @@ def owner_of(request: gr.Request) -> Owner:
 
 def message_number(index: Any) -> int:
     """Of a message in the chat; Gradio gives a number, or a pair for a part of a message."""
-    return int(index[0] if isinstance(index, list | tuple) else index)
+    number = index[0] if isinstance(index, list | tuple) and index else index
+    return number if isinstance(number, int) else -1
 
 
 def whole(value: Any) -> Any:

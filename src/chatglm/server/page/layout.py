@@ -177,8 +177,10 @@ def lay_out(t: Any, context: int, models: list[str], *, with_feedback: bool) -> 
         )
         found["status"] = gr.Markdown("", elem_id="status", sanitize_html=True)
         with gr.Row(elem_id="after", equal_height=True):
-            found["regenerate"] = gr.Button(t("regenerate"), size="sm", min_width=90, elem_id="regenerate")
-            found["undo"] = gr.Button(t("undo"), size="sm", min_width=70, elem_id="undo")
+            found["regenerate"] = gr.Button(
+                t("regenerate"), size="sm", min_width=90, interactive=False, elem_id="regenerate"
+            )
+            found["undo"] = gr.Button(t("undo"), size="sm", min_width=70, interactive=False, elem_id="undo")
             found["previous"] = gr.Button("‹", size="sm", min_width=36, visible=False, elem_id="previous")
             found["place"] = gr.Markdown("", visible=False, elem_id="place")
             found["next"] = gr.Button("›", size="sm", min_width=36, visible=False, elem_id="next")

@@ -17,7 +17,7 @@ def read_opinion(thumb: Any, rating: Any, correction: Any, tags: Any, comment: A
         thumb=thumb if thumb in (1, -1) else None,
         rating=int(rating) if rating in (1, 2, 3, 4, 5) else None,
         correction=str(correction).strip() or None if correction else None,
-        tags=[tag for tag in TAGS if tag in (tags or [])],
+        tags=[tag for tag in TAGS if isinstance(tags, list) and tag in tags],
         comment=str(comment).strip() or None if comment else None,
     )
     for name, text in (("correction", found.correction), ("comment", found.comment)):

@@ -9,7 +9,7 @@ import gradio as gr
 from ..api_errors import APIError
 from ..backend import Backend, Owner
 from .controls import rated_answer, rated_round, rating_controls
-from .events import Events, Shown, given_talk, message_number, owner_of
+from .events import Events, Shown, given_talk, given_text, message_number, owner_of
 from .layout import Parts
 from .opinions import event_of, is_empty, read_opinion
 from .rendering import thumbs
@@ -38,7 +38,7 @@ class Ratings:
         if self._events.is_busy(request):
             return {**self._thumbs(talk), **self._say(word("busy", language))}
         number = message_number(event.index) // 2
-        thumb = {True: 1, "Like": 1, False: -1, "Dislike": -1}.get(event.liked)
+        thumb = {"True": 1, "Like": 1, "False": -1, "Dislike": -1}.get(str(event.liked))
         if thumb is None or not 0 <= number < len(talk.rounds):
             return {}
         answer = talk.rounds[number].answer
@@ -111,7 +111,7 @@ class Ratings:
             return self._say(word("needs_answer", language))
         if is_empty(opinion):
             return self._say(word("needs_opinion", language))
-        if not consent:
+        if consent is not True:
             opened = {self._parts.rated: number, self._parts.feedback: gr.update(open=True)}
             return {**opened, **self._say(f"**{word('needs_consent', language)}**")}
         try:
@@ -144,5 +144,6 @@ class Ratings:
 
 def rater_of(owner: Owner, given: str) -> str:
     """A browser's random id, or the key's name where the browser keeps none."""
+    given = given_text(given)
     is_right = given.startswith("browser-") and given.isascii() and len(given) <= 64
     return given if is_right else owner.key_name or "unknown"

@@ -81,6 +81,8 @@ def shown_answer(variant: Variant | None, language: str) -> str:
     if variant is None:
         return f"*{word('no_answer', language)}*"
     text = plain_markdown(variant.text)
+    if not text.strip() and variant.finish and variant.error is None:
+        return f"*{word('empty_answer', language)}*"
     if variant.error is not None:
         reason = word("failed", language, reason=plain_markdown(error_text(variant.error, variant.error, language)))
         return f"{text}\n\n⚠ {reason}".lstrip()

@@ -14,8 +14,14 @@ from .layout import SAMPLING, Parts, defaults
 from .rating import Ratings
 from .relabel import labelled, relabel
 
-ANY_NUMBER: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden", "api_visibility": "private"}
-"""Gradio's own queue lets everybody through; the engine's is the one that counts."""
+ANY_NUMBER: dict[str, Any] = {
+    "concurrency_limit": None,
+    "show_progress": "hidden",
+    "api_visibility": "private",
+    "preprocess": False,
+}
+"""Gradio's own queue lets everybody through; the engine's is the one that counts. Values are checked where they are
+used, as the API does: Gradio's own checks would end in its words, with a traceback in the log."""
 IN_BROWSER: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 
 

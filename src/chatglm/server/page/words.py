@@ -46,7 +46,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "Answers may be wrong. Check what matters.",
         "回答可能有误，重要内容请核实。",
     ),
-    "feedback": ("Rate the last answer", "评价最后一个回答"),
+    "feedback": ("Rate the answer", "评价回答"),
     "thumb": ("Helpful?", "有帮助吗？"),
     "thumb_up": ("Yes", "有"),
     "thumb_down": ("No", "没有"),
@@ -82,7 +82,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "failed": ("It could not be answered: {reason}", "无法回答：{reason}"),
     "status": (
         "{rate} tokens/s · {answer} tokens · {used} of {context} tokens of the context",
-        "{rate} 词元/秒 · 回答 {answer} 词元 · 上下文已用 {used} / {context} 词元",
+        "{rate} 词元/秒 · 回答 {answer} 词元 · 上下文 {used} / {context}",
     ),
     "dropped": (
         "the oldest {dropped} rounds no longer fit and were left out",
@@ -94,6 +94,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "wrong_key": ("This is not a key of this server.", "密钥不正确。"),
     "unreachable": ("The server cannot be reached. Try again in a moment.", "无法连接服务器，请稍后再试。"),
     "no_answer": ("no answer", "没有回答"),
+    "empty_answer": ("empty answer", "空回答"),
     "rated": ("Rating answer {number} of {count}", "正在评价第 {number} / {count} 个回答"),
     "busy": (
         "The last action is not finished yet: wait a moment, or stop the answer.",
