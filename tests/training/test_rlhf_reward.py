@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import chatglm
+from chatglm.checkpoint import verify
 from chatglm.errors import CheckpointError, TrainingError
 from chatglm.tokenizer import Tokenizer
 from chatglm.training.rlhf.answers import closed_sample, one_a_row
@@ -25,7 +27,9 @@ from chatglm.training.rlhf.preferences import (
 )
 from chatglm.training.rlhf.reward import RewardModel, load_reward_model, reward_tensors, save_reward_model
 from chatglm.training.rlhf.reward_report import reward_report
+from chatglm.training.run_config import ModelSettings
 from chatglm.training.samples import collate
+from chatglm.training.starting import starting_model
 from tiny_policies import prompts_of, tiny_config, tiny_policy, tiny_tokenizer
 
 __all__ = ["tiny_tokenizer"]
@@ -173,3 +177,17 @@ def test_a_language_model_starts_a_reward_model_with_a_new_head(golden: Path) ->
     assert model.score.bias.item() == 0 and 0 < model.score.weight.std() < 0.1
     with pytest.raises(CheckpointError, match="is quantised"):
         load_reward_model(golden / "models" / "int8")
+
+
+def test_a_reward_folder_in_the_place_of_a_language_model_is_told_by_name(
+    tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = RewardModel(tiny_policy(tiny_tokenizer))
+    save_reward_model(tmp_path, model.config, reward_tensors(model), tokenizer_file=tiny_tokenizer.path)
+    (problem,) = verify(tmp_path)
+    assert "reward model" in problem.what and "load_reward_model" in problem.cure
+    with pytest.raises(CheckpointError, match=r"model.safetensors holds a reward model") as raised:
+        chatglm.load(tmp_path, device="cpu")
+    assert "chatglm train ppo" in (raised.value.cure or "")
+    with pytest.raises(CheckpointError, match="holds a reward model"):
+        starting_model(ModelSettings(source=str(tmp_path)), seed=0)

@@ -11,6 +11,8 @@ from ..config import IMAGE_TOKENS, ModelConfig
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"
 PREFIX = "transformer.prefix_encoder."
+SCORE = "score."
+"""The head of a reward model, in the place of the language model's."""
 ROTARY = ".attention.rotary_emb.inv_freq"
 """A buffer that the original stores with every layer and ignores when it loads."""
 

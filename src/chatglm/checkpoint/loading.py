@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .folder import Checkpoint
-from .layout import FLOATS, PREFIX
+from .layout import FLOATS, PREFIX, SCORE
 from .mapping import MappedFiles
-from .problem import FileError, Problem
+from .problem import FileError, Problem, reward_problem
 from .reading import holds_same, read_tensor, torch_dtype
 from .tensor_file import ITEM_BYTES, Progress, TensorEntry, named
 
@@ -108,6 +108,8 @@ class _Loading:
                 cure=_prefix_cure(wrong) or "`chatglm verify` says which files are incomplete",
             )
         if foreign := sorted(found - made):
+            if foreign[0].startswith(SCORE):
+                raise FileError(reward_problem(str(self.checkpoint.folder), foreign[0]))
             raise CheckpointError(
                 f"{self.checkpoint.folder} holds {_some(foreign)}, which the model does not have",
                 cure="config.json must describe these weights (num_layers, pre_seq_len, quantization_bit)",

@@ -37,6 +37,17 @@ class Problem:
         return replace(self, tensor=tensor)
 
 
+def reward_problem(file: str, tensor: str) -> Problem:
+    """A reward model where a language model is wanted."""
+    return Problem(
+        file,
+        "holds a reward model: it scores answers and writes none",
+        "give it as `reward.model` to `chatglm train ppo`, `rloo` or `bootstrap`; in Python "
+        "`chatglm.training.rlhf.reward.load_reward_model`, or AutoModelForSequenceClassification",
+        tensor,
+    )
+
+
 class FileError(CheckpointError):
     """A CheckpointError that carries its Problem, for callers that collect several."""
 

@@ -17,8 +17,8 @@ from ..errors import ConfigError, TokenizerError
 from ..tokenizer.model_file import KNOWN_RELEASES, TOKENIZER_FILE
 from .eras import era_problem
 from .folder import CONFIG, Checkpoint, WeightFiles, merge, read_json, require_folder, weight_files
-from .layout import PREFIX, expected_tensors
-from .problem import PULL, FileError, Problem, raise_for
+from .layout import PREFIX, SCORE, expected_tensors
+from .problem import PULL, FileError, Problem, raise_for, reward_problem
 from .releases import known_sizes, releases_of_sizes
 from .tensor_file import Progress, TensorEntry, list_tensors, named
 
@@ -113,7 +113,10 @@ def _shape(specs: Mapping[str, Any], tensor: str) -> str:
 def _tensor_problems(
     config: ModelConfig, files: WeightFiles, tensors: Mapping[str, TensorEntry], broken: Mapping[str, Problem]
 ) -> list[Problem]:
-    """Missing, unexpected and wrong tensors, those of broken files left out."""
+    """Missing, unexpected and wrong tensors, those of broken files left out; of a reward model, that it is one."""
+    score = next((entry for name, entry in tensors.items() if name.startswith(SCORE)), None)
+    if score is not None:
+        return [reward_problem(score.file.name, str(score))]
     expected = expected_tensors(config)
     only_prefix = bool(tensors) and all(name.startswith(PREFIX) for name in tensors)
     if only_prefix:
