@@ -108,6 +108,10 @@ def run(
         from ..server.feedback.schema import open_for_writing
 
         open_for_writing(settings.feedback_db).close()  # told before anything heavy is imported or read
+    if settings.feedback_spool is not None:
+        from ..server.feedback.spool import Spool
+
+        Spool(settings.feedback_spool).close()
     from ..server.running import bind, run_server
 
     with bind(settings.host, settings.port) as listener:

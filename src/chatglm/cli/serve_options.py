@@ -71,6 +71,15 @@ class ListenOptions:
     feedback_db: Annotated[
         str | None, _option("--feedback-db", "Keep what people say about answers in this file", metavar="FILE")
     ] = None
+    feedback_url: Annotated[
+        str | None, _option("--feedback-url", "Or send it on to this server's /v1/feedback", metavar="URL")
+    ] = None
+    feedback_spool: Annotated[
+        str | None, _option("--feedback-spool", "Where it waits until that server has it", metavar="DIR")
+    ] = None
+    feedback_key: Annotated[
+        str | None, _option("--feedback-key", "A key of that server; better in the environment", metavar="KEY")
+    ] = None
 
     def settings(self, limits: LimitOptions, *, enable_faults: bool, **more: Any) -> ServerSettings:
         """Everything checked. Raises RequestError."""
@@ -94,6 +103,9 @@ class ListenOptions:
             allow_no_key=self.allow_no_key,
             cors_origins=tuple(self.cors_origin or ()),
             feedback_db=Path(self.feedback_db) if self.feedback_db else None,
+            feedback_url=self.feedback_url,
+            feedback_spool=Path(self.feedback_spool) if self.feedback_spool else None,
+            feedback_key=self.feedback_key,
             trusted_proxies=tuple(self.trusted_proxy or ()),
             max_body=parse_size(given.pop("max_body"), "--max-body"),
             kv_memory=parse_size(kv_memory, "--kv-memory") if kv_memory else None,

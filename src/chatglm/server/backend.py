@@ -23,6 +23,7 @@ from ..errors import RequestError
 from .api_errors import APIError
 from .exchange import Exchange
 from .faults import Faults
+from .feedback.forwarding import FeedbackForwarder
 from .feedback.keeping import FeedbackKeeper
 from .feedback.store import FeedbackStore
 from .grammar import Grammars
@@ -77,6 +78,9 @@ class Backend:
             store = FeedbackStore(settings.feedback_db)
             self.faults.fill(store)
             self.feedback = FeedbackKeeper(store, self.metrics)
+        elif settings.feedback_url is not None and settings.feedback_spool is not None:
+            forwarder = FeedbackForwarder(settings.feedback_url, settings.feedback_key, settings.feedback_spool)
+            self.feedback = FeedbackKeeper(forwarder, self.metrics)
         self.is_draining = False
         self._exchanges: dict[str, Exchange] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

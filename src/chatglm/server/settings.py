@@ -42,6 +42,7 @@ class ServerSettings:
     adapters         name → folder: served as `model: NAME:ADAPTER` beside the base
     log_prompts      prompts and answers go into the log
     feedback_db      SQLite file for what people say about answers; made where there is none
+    feedback_url     another server that keeps it instead; feedback_spool holds what is not there yet
     web_path         where the chat page is, if `web`
     faults           JSON of faults to inject; refused unless enable_faults (tests)
     """
@@ -74,6 +75,9 @@ class ServerSettings:
     metrics_prefix: str = "chatglm"
     faults: str | None = None
     feedback_db: Path | None = None
+    feedback_url: str | None = None
+    feedback_key: str | None = field(default=None, repr=False)
+    feedback_spool: Path | None = None
     web: bool = False
     web_path: str = "/chat"
 
@@ -95,8 +99,28 @@ class ServerSettings:
             if not re.fullmatch(r"https?://[^/*\s]+", origin):
                 raise RequestError(f"--cors-origin is {origin!r}; it must be an exact origin like https://example.org")
 
+        self._check_feedback()
         if not re.fullmatch(r"/[A-Za-z0-9_-]{1,64}", self.web_path) or self.web_path in ("/v1", "/health", "/ready"):
             raise RequestError(f"--web-path is {self.web_path!r}; it must be one name like /chat")
+
+    def _check_feedback(self) -> None:
+        if self.feedback_url is None:
+            if self.feedback_key is not None or self.feedback_spool is not None:
+                raise RequestError("--feedback-key and --feedback-spool go with --feedback-url")
+            return
+        if self.feedback_db is not None:
+            raise RequestError(
+                "--feedback-db keeps feedback here, and --feedback-url on another server; give one of them"
+            )
+        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#\s]*)?", self.feedback_url):
+            raise RequestError(
+                f"--feedback-url is {self.feedback_url!r}; it must be the address of a server, like https://example.org"
+            )
+        if self.feedback_spool is None:
+            raise RequestError(
+                "--feedback-url needs --feedback-spool DIR",
+                cure="name a folder on a local disk: what the other server has not taken yet is kept there",
+            )
 
     @property
     def is_loopback(self) -> bool:

@@ -13,6 +13,7 @@ from .store import FeedbackStore, FeedbackUnavailable, Saved
 
 if TYPE_CHECKING:
     from ..metrics import Metrics
+    from .forwarding import FeedbackForwarder
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ T = TypeVar("T")
 class FeedbackKeeper:
     """What routes and the page call. A rater is a browser's random id, or the name of a key."""
 
-    def __init__(self, store: FeedbackStore, metrics: Metrics) -> None:
+    def __init__(self, store: FeedbackStore | FeedbackForwarder, metrics: Metrics) -> None:
         self.store = store
         self._metrics = metrics
 
@@ -38,9 +39,16 @@ class FeedbackKeeper:
             self._metrics.count(self._metrics.feedback, "deleted")
         return gone
 
+    @property
+    def own(self) -> FeedbackStore:
+        """The store of this server. Raises APIError 404 where another one keeps the feedback."""
+        if isinstance(self.store, FeedbackStore):
+            return self.store
+        raise APIError(404, "not_found", "another server keeps the feedback of this one; ask it for the export")
+
     async def note_export(self, count: int) -> None:
         """Raises APIError 503: what is not in the audit table is not given out."""
-        await self._wait(self.store.note_export(count))
+        await self._wait(self.own.note_export(count))
 
     async def _wait(self, future: Future[T]) -> T:
         try:

@@ -28,7 +28,9 @@ router = APIRouter()
 def keeper_of(backend: Backend) -> FeedbackKeeper:
     """Raises APIError 404 where none is kept."""
     if backend.feedback is None:
-        raise APIError(404, "not_found", "this server keeps no feedback; it was started without --feedback-db")
+        raise APIError(
+            404, "not_found", "this server keeps no feedback; it was started without --feedback-db and --feedback-url"
+        )
     return backend.feedback
 
 
@@ -76,8 +78,9 @@ async def give_out(request: Request) -> Response:
     keeper = keeper_of(backend)
     if owner.key_name is None or not is_admin(owner.key_name):
         raise APIError(403, "forbidden", "the export needs a key whose name begins with `admin` (--api-key admin:KEY)")
+    store = keeper.own
     form, filters = read_query(request.query_params)
-    rows = await asyncio.to_thread(read_rows, [keeper.store.path])
+    rows = await asyncio.to_thread(read_rows, [store.path])
     exported = await asyncio.to_thread(export, rows, form, filters)
     await keeper.note_export(exported.count)
     media = "text/csv; charset=utf-8" if form == "csv" else "application/jsonl; charset=utf-8"
