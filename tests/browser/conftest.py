@@ -63,8 +63,8 @@ def start_web(chromium: str) -> Iterator[Callable[..., ServerProcess]]:
     """Servers of one's own; they are gone after the test."""
     started: list[ServerProcess] = []
 
-    def begin(*options: str) -> ServerProcess:
-        started.append(ServerProcess("--web", *options))
+    def begin(*options: str, **more: Any) -> ServerProcess:
+        started.append(ServerProcess("--web", *options, **more))
         return started[-1]
 
     yield begin

@@ -27,10 +27,12 @@ def folder(tmp_path_factory):
 def web(folder):
     loud = low_rank_folder(folder / "loud", CONFIG, seed=2, size=0.3)
     server = ServerProcess("--web", "--feedback-db", str(folder / "feedback.db"), "--adapter", f"loud={loud}")
-    yield server
-    server.audit()
-    assert server.stop() == 0
-    server.close()
+    try:
+        yield server
+        server.audit()
+        assert server.stop() == 0
+    finally:
+        server.close()
 
 
 @pytest.fixture
