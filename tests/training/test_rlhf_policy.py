@@ -10,7 +10,7 @@ from chatglm.model.batch import left_padded
 from chatglm.tokenizer import Tokenizer
 from chatglm.training.rlhf.answers import answer_numbers, answer_sample, closed_sample, last_tokens, one_a_row
 from chatglm.training.rlhf.policy import action_logprobs, by_tokens, score_actions
-from chatglm.training.rlhf.rollout import RolloutEngine, make_prompt
+from chatglm.training.rlhf.rollout import RolloutEngine, make_prompt, places_of
 from chatglm.training.samples import IGNORE, collate
 from tiny_policies import prompts_of, tiny_config, tiny_policy, tiny_tokenizer
 
@@ -133,3 +133,20 @@ def test_a_prompt_without_room_for_an_answer_is_refused(tiny_tokenizer: Tokenize
     engine = RolloutEngine(tiny_policy(tiny_tokenizer), tiny_tokenizer, max_new=8)
     with pytest.raises(TrainingError, match="the model holds 64"):
         engine.sample([make_prompt(tiny_tokenizer, "sky sea " * 40)])
+
+
+def test_draws_follow_the_distribution_and_never_take_what_has_no_probability() -> None:
+    """Against one cumulative sum; more tokens than a block, blocks without any probability."""
+    random = torch.Generator().manual_seed(2)
+    scores = torch.randn(40, 1300, generator=random) * 3
+    scores[:, 512:1024] = -torch.inf
+    scores[::2, :300] = -torch.inf
+    scores[3:, 1250:] = -torch.inf
+    scores = scores.log_softmax(dim=-1)
+    uniform = torch.rand(40, 1, generator=random, dtype=torch.float64)
+    uniform[:3, 0] = torch.tensor([0.0, 1 - 2**-53, 0.5])
+    cumulative = scores.double().exp().cumsum(dim=-1)
+    expected = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True).clamp(max=1299)
+    found = places_of(scores, uniform)
+    assert (scores.gather(1, found) > -torch.inf).all()
+    assert torch.equal(found[2:], expected[2:])

@@ -47,11 +47,14 @@ class ServingSampler:
         logits = torch.where(is_finite[:, None], logits, 0.0)
         if self.no_piece is not None:
             logits = logits.masked_fill_(self.no_piece, -torch.inf)
-        errors = [self._restrict(logits[row], stream) for row, stream in enumerate(streams)]
+        errors = [_restrict(logits[row], stream) for row, stream in enumerate(streams)]
+        going_on = [row for row, stream in enumerate(streams) if _may_not_end(stream)]
+        if going_on:
+            logits[going_on, self.end_id] = -torch.inf
         asked = [row for row, stream in enumerate(streams) if stream.shared.logprobs is not None]
         logprobs = {row: logits[row].log_softmax(dim=-1) for row in asked}
         for row, stream in enumerate(streams):
-            self._penalize(logits[row], stream)
+            _penalize(logits[row], stream)
         tokens = logits.argmax(dim=-1)
         drawing = [row for row, stream in enumerate(streams) if not stream.params.is_greedy]
         if drawing:
@@ -66,35 +69,38 @@ class ServingSampler:
             for row, (token, finite, error, stream) in enumerate(zip(*both, errors, streams, strict=True))
         ]
 
-    def _restrict(self, logits: Tensor, stream: Stream) -> str | None:
-        """Bias and grammar on one row, in place. Returns what is wrong with the grammar."""
-        shared = stream.shared
-        for token, bias in shared.logit_bias.items():
-            logits[token] += -torch.inf if bias <= BAN else FORCED_SCORE if bias >= FORCE else bias
-        if stream.matcher is not None:
-            try:
-                allowed = torch.from_numpy(stream.matcher.allowed()).to(logits.device)
-            except ValueError as error:
-                return f"grammar: {error}"
-            if not bool(allowed.any()):
-                return "grammar: no token can follow"
-            logits.masked_fill_(~allowed, -torch.inf)
-        if stream.matcher is None and (shared.ignore_eos or len(stream.generated_ids) < stream.params.min_new_tokens):
-            logits[self.end_id] = -torch.inf
-        return None
 
-    def _penalize(self, logits: Tensor, stream: Stream) -> None:
-        params = stream.params
-        if stream.shared.penalize_repetition != 1:
-            seen = torch.tensor(
-                sorted({*stream.context_ids, stream.start_id, *stream.generated_ids}), device=logits.device
-            )
-            scores, strength = logits[seen], stream.shared.penalize_repetition
-            logits[seen] = torch.where(scores > 0, scores / strength, scores * strength)
-        if params.has_penalties:
-            penalize(logits, stream)
-        if params.no_repeat_ngram_size:
-            logits[banned_by_ngrams(stream.generated_ids, params.no_repeat_ngram_size)] = -torch.inf
+def _may_not_end(stream: Stream) -> bool:
+    is_early = stream.shared.ignore_eos or len(stream.generated_ids) < stream.params.min_new_tokens
+    return stream.matcher is None and is_early
+
+
+def _restrict(logits: Tensor, stream: Stream) -> str | None:
+    """Bias and grammar on one row, in place. Returns what is wrong with the grammar."""
+    for token, bias in stream.shared.logit_bias.items():
+        logits[token] += -torch.inf if bias <= BAN else FORCED_SCORE if bias >= FORCE else bias
+    if stream.matcher is None:
+        return None
+    try:
+        allowed = torch.from_numpy(stream.matcher.allowed()).to(logits.device)
+    except ValueError as error:
+        return f"grammar: {error}"
+    if not bool(allowed.any()):
+        return "grammar: no token can follow"
+    logits.masked_fill_(~allowed, -torch.inf)
+    return None
+
+
+def _penalize(logits: Tensor, stream: Stream) -> None:
+    params = stream.params
+    if stream.shared.penalize_repetition != 1:
+        seen = torch.tensor(sorted({*stream.context_ids, stream.start_id, *stream.generated_ids}), device=logits.device)
+        scores, strength = logits[seen], stream.shared.penalize_repetition
+        logits[seen] = torch.where(scores > 0, scores / strength, scores * strength)
+    if params.has_penalties:
+        penalize(logits, stream)
+    if params.no_repeat_ngram_size:
+        logits[banned_by_ngrams(stream.generated_ids, params.no_repeat_ngram_size)] = -torch.inf
 
 
 def _info(logprobs: Tensor, token: int, stream: Stream) -> TokenInfo:
@@ -105,33 +111,43 @@ def _info(logprobs: Tensor, token: int, stream: Stream) -> TokenInfo:
 
 
 def draw(logits: Tensor, streams: list[Stream]) -> Tensor:
-    """One token a row by the inverse of its cumulative distribution over tokens sorted best first, int64 [batch]."""
+    """One token a row by the inverse of its cumulative distribution over tokens sorted best first, int64 [batch].
+
+    All rows at once, in a fixed number of operations: on a GPU each costs more than its arithmetic.
+    """
     vocab = logits.shape[-1]
-    temperatures = torch.tensor([[s.params.temperature] for s in streams], device=logits.device)
+    wishes = torch.tensor([_wishes(stream, vocab) for stream in streams], dtype=torch.float32).T[:, :, None]
+    temperature, top_k, top_p, min_p, uniform = wishes.to(logits.device)  # each [batch, 1]
     kept = min(vocab, SORTED_TOKENS)
-    scaled = logits / temperatures
+    scaled = logits / temperature
     probabilities, ids = scaled.softmax(dim=-1).topk(kept, dim=-1)
-    mass = probabilities.sum(dim=-1).tolist()
-    chosen: list[Tensor] = []
-    for row, stream in enumerate(streams):
-        params = stream.params
-        is_enough = kept == vocab or 0 < params.top_k <= kept or mass[row] >= params.top_p
-        if is_enough:
-            sorted_row, sorted_ids = probabilities[row], ids[row]
-        else:
-            sorted_row, sorted_ids = scaled[row].softmax(dim=-1).sort(descending=True)
-        chosen.append(sorted_ids[_place(sorted_row, stream)])
-    return torch.stack(chosen)
+    tokens: Tensor = ids.gather(1, _places(probabilities, top_k, top_p, min_p, uniform))[:, 0]
+    open_rows = [row for row, stream in enumerate(streams) if not 0 < stream.params.top_k <= kept]
+    if open_rows and kept < vocab:
+        mass = probabilities[open_rows].sum(dim=-1).tolist()
+        for row, sum_of_kept in zip(open_rows, mass, strict=True):
+            if sum_of_kept < streams[row].params.top_p:
+                one = slice(row, row + 1)
+                everything, all_ids = scaled[one].softmax(dim=-1).sort(dim=-1, descending=True)
+                place = _places(everything, top_k[one], top_p[one], min_p[one], uniform[one])
+                tokens[row] = all_ids[0, place[0, 0]]
+    return tokens
 
 
-def _place(probabilities: Tensor, stream: Stream) -> Tensor:
-    """The place that the stream's random number falls on, among probabilities sorted best first, int64 []."""
+def _wishes(stream: Stream, vocab: int) -> tuple[float, ...]:
     params = stream.params
-    if params.top_k:
-        probabilities = probabilities[: params.top_k] / probabilities[: params.top_k].sum()
+    return params.temperature, params.top_k or vocab, params.top_p, params.min_p, stream.uniform()
+
+
+def _places(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, uniform: Tensor) -> Tensor:
+    """The places that random numbers fall on, int64 [batch, 1], among probabilities [batch, kept] sorted best first."""
+    kept = probabilities.shape[-1]
+    is_beyond = torch.arange(kept, device=probabilities.device) >= top_k
+    probabilities = probabilities.masked_fill(is_beyond, 0.0)
+    probabilities = torch.where(top_k <= kept, probabilities / probabilities.sum(dim=-1, keepdim=True), probabilities)
     before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = (before >= params.top_p) | (probabilities < params.min_p * probabilities[0])
-    dropped[0] = False  # the best token always stays
+    dropped = (before >= top_p) | (probabilities < min_p * probabilities[:, :1])
+    dropped[:, 0] = False  # the best token always stays
     cumulative = probabilities.masked_fill(dropped, 0.0).cumsum(dim=-1)
-    threshold = stream.uniform() * cumulative[-1]
-    return (cumulative <= threshold).sum().clamp(max=len(probabilities) - 1)
+    places: Tensor = (cumulative <= uniform * cumulative[:, -1:]).sum(dim=-1, keepdim=True).clamp(max=kept - 1)
+    return places

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...config import ModelConfig
 from ...engine.graph_runner import make_runner
@@ -105,14 +105,36 @@ class PolicySampler(Sampler):
             return super().__call__(logits, sequences)
         is_finite = torch.isfinite(logits).all(dim=-1)
         scores = torch.where(is_finite[:, None], logits, 0.0).log_softmax(dim=-1)
-        cumulative = scores.double().exp().cumsum(dim=-1)
-        draws = torch.tensor([self._uniform(sequence) for sequence in sequences], dtype=torch.float64)
-        threshold = draws.to(logits.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-        chosen = scores.gather(1, tokens)[:, 0].tolist()
+        draws = torch.tensor([[self._uniform(sequence)] for sequence in sequences], dtype=torch.float64)
+        tokens = places_of(scores, draws.to(logits.device))
+        found = torch.cat((tokens.double(), is_finite[:, None].double(), scores.gather(1, tokens).double()), dim=1).T
+        ids, flags, chosen = found.tolist()  # one transfer to the host
         for sequence, logprob in zip(sequences, chosen, strict=True):
             self.logprobs.setdefault(sequence.number, []).append(logprob)
-        return Samples(tokens[:, 0].tolist(), is_finite.tolist())
+        return Samples([int(token) for token in ids], [bool(flag) for flag in flags])
+
+
+ALMOST_1 = 1 - 2**-52
+
+BLOCK = 512
+"""Neighbouring tokens whose probabilities are summed first: sums of blocks run side by side, one long one does not."""
+
+
+def places_of(scores: Tensor, uniform: Tensor) -> Tensor:
+    """The token that each random number falls on, int64 [batch, 1], by the inverse of the cumulative distribution.
+
+    scores  fp32 [batch, vocab]: log-probabilities; uniform: fp64 [batch, 1], in [0, 1)
+    """
+    vocab = scores.shape[-1]
+    shares = nn.functional.pad(scores, (0, -vocab % BLOCK), value=-torch.inf).unflatten(-1, (-1, BLOCK)).double().exp()
+    ends = shares.sum(dim=-1).cumsum(dim=-1)  # [batch, blocks]
+    threshold = uniform * ALMOST_1 * ends[:, -1:]
+    block = torch.searchsorted(ends, threshold, right=True).clamp(max=ends.shape[-1] - 1)
+    before = nn.functional.pad(ends, (1, 0)).gather(1, block)
+    inside = shares.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(dim=-1)  # [batch, BLOCK]
+    within = torch.minimum(threshold - before, inside[:, -1:] * ALMOST_1)  # the sums of both ways round differently
+    place = torch.searchsorted(inside, within, right=True).clamp(max=BLOCK - 1)
+    return (block * BLOCK + place).clamp(max=vocab - 1)
 
 
 class InLots(Scheduler):
