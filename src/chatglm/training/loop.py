@@ -29,7 +29,17 @@ from .preparing import DTYPES, precision_of, prepare
 from .run_config import RunConfig
 from .schedules import learning_rate_factor, on_lines, rows_at, steps_for
 from .settings import as_mapping, as_yaml
-from .sharding import Forward, World, divided_by, glms, joined, over_processes, share_matrices, without_sum
+from .sharding import (
+    Forward,
+    World,
+    divided_by,
+    glms,
+    joined,
+    outside_forward,
+    over_processes,
+    share_matrices,
+    without_sum,
+)
 from .stability import Verdict, Watch
 from .state import Checkpoints, Place, tensors_of
 from .stopping import StopSignal
@@ -222,7 +232,8 @@ class Trainer:
             figures = self._score(held_out, rows)
         if self.task.evaluate is not None:
             self.module.eval()
-            figures |= self.task.evaluate()
+            with outside_forward(self.module):
+                figures |= self.task.evaluate()
         return figures
 
     def save(self) -> None:

@@ -228,6 +228,23 @@ def without_sum(module: nn.Module, *, is_last: bool) -> AbstractContextManager[A
     return nullcontext()
 
 
+@contextmanager
+def outside_forward(module: nn.Module) -> Iterator[None]:
+    """While it lasts, parts of the model can be run by themselves: FSDP gathers what belongs to no layer only in the
+    forward of the whole. Every process must run the same parts.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its parts; a collective where it is sharded."""
     from torch.distributed.tensor import DTensor

@@ -15,13 +15,15 @@ from ..metrics import Say
 from ..preparing import DTYPES, precision_of
 from ..run_config import AT_LEAST_0, SHARE, RunConfig
 from ..samples import Sample
+from ..sharding import joined
 from ..task import MeteredLoss, Task
-from .copying import in_dtype, own_device
+from .copying import in_dtype
 from .dpo import PairScores, dpo_loss
 from .pairs import PairBatch, PairSource
 from .policy import action_logprobs, glm_in, score_actions
 from .preferences import Pair, policy_row
 from .reward_stage import PreferenceData, calm, read_pairs
+from .sharing import from_all, own_stretch
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,17 @@ class DPORun(RunConfig):
 
 
 def reference_sums(model: GLM, pairs: Sequence[Pair], *, attend: Attend = sdpa_attention) -> Tensor:
-    """Log-probability of both answers of each pair, fp32 [pairs, 2]: what the reference says once and for all."""
+    """Log-probability of both answers of each pair, fp32 [pairs, 2]: what the reference says once and for all.
+
+    Each process of a run scores a stretch of the pairs; a collective.
+    """
+    own = own_stretch(len(pairs))
+    return torch.cat(from_all(lambda: _own_sums(model, pairs[own.start : own.stop], attend)))
+
+
+def _own_sums(model: GLM, pairs: Sequence[Pair], attend: Attend) -> Tensor:
+    if not pairs:
+        return torch.empty(0, 2)
     samples = [sample for pair in pairs for sample in policy_row(pair, model.config)]
     was_training = model.training
     logprobs, _ = action_logprobs(model.eval(), samples, attend=attend)  # nothing of an adapter is dropped
@@ -105,11 +117,11 @@ def run(config: DPORun, *, progress: Say | None = None, restart: bool = False) -
     """Train, and write `OUT/model`."""
     pairs, held = read_pairs(config.data, config.model, config.seed, config.batch.length)
     made = tuned(config)
-    device = own_device(config)
-    made.model.to(device)
-    narrow = in_dtype(made.model, DTYPES[precision_of(config.compute, device)])
-    task = dpo_task(made.model, pairs, held, config.dpo, seed=config.seed)
-    task.exported = made.exported
-    for handle in narrow:  # the loop has its own
-        handle.remove()
-    return train(task, calm(config), progress=progress, restart=restart)
+    with joined(config.parallel, config.compute) as world:
+        made.model.to(world.device)
+        narrow = in_dtype(made.model, DTYPES[precision_of(config.compute, world.device)])
+        task = dpo_task(made.model, pairs, held, config.dpo, seed=config.seed)
+        task.exported = made.exported
+        for handle in narrow:  # the loop has its own
+            handle.remove()
+        return train(task, calm(config), progress=progress, restart=restart)

@@ -7,7 +7,7 @@ same module is PPO's value model. Source: spec/training.md §4.4; Stiennon et al
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,15 +88,16 @@ def reward_tensors(model: RewardModel) -> dict[str, Tensor]:
 def save_reward_model(
     folder: str | Path,
     config: ModelConfig,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     *,
     tokenizer_file: str | Path | None = None,
 ) -> Path:
     """Write a folder that `load_reward_model` and transformers' AutoModelForSequenceClassification open."""
+    named = tensors.items() if isinstance(tensors, Mapping) else tensors
     stored = {**to_original(config), "architectures": [ARCHITECTURE], "num_labels": 1}
     return save(
         folder,
-        {name: tensor.detach().cpu() for name, tensor in tensors.items()},
+        ((name, tensor.detach().cpu()) for name, tensor in named),
         config,
         tokenizer_file=tokenizer_file,
         files={"config.json": dump(stored)},

@@ -16,7 +16,7 @@ from ..loop import Report, train
 from ..metrics import Say
 from ..run_config import AT_LEAST_0, AT_LEAST_1, SHARE, ModelSettings, RunConfig
 from ..samples import Sample
-from ..sharding import whole
+from ..sharding import joined, whole
 from ..starting import source_folder, starting_config, starting_model, starting_tokenizer, tokenizer_file
 from ..task import MeteredLoss, Task
 from .pairs import PairBatch, PairSource
@@ -126,8 +126,12 @@ def reward_task(
     settings: RewardSettings,
     *,
     seed: int = 0,
+    reports: list[RewardReport] | None = None,
 ) -> Task:
-    """What the loop runs; `evaluate` gives held-out accuracy and the gap between longer and shorter chosen answers."""
+    """What the loop runs; `evaluate` gives held-out accuracy and the gap between longer and shorter chosen answers.
+
+    reports  gets the report of every evaluation
+    """
     config = model.config
     used = balance_lengths(pairs, bin_tokens=settings.bin_tokens, seed=seed) if settings.balance else list(pairs)
     if not used:
@@ -137,7 +141,12 @@ def reward_task(
         )
 
     def evaluate() -> dict[str, float]:
-        return summary(held_out_report(model, held_out, settings)) if held_out else {}
+        if not held_out:
+            return {}
+        told = held_out_report(model, held_out, settings)
+        if reports is not None:
+            reports.append(told)
+        return summary(told)
 
     def rows(pair: Pair) -> list[Sample]:
         return reward_row(pair, config)
@@ -177,20 +186,26 @@ def run(config: RewardRun, *, progress: Say | None = None, restart: bool = False
     """Train, report on held-out pairs, and write `OUT/model` and `OUT/reward-report.json`."""
     pairs, held = read_pairs(config.data, config.model, config.seed, config.batch.length)
     model = starting_reward_model(config.model, config.seed)
-    task = reward_task(model, pairs, held, config.reward, seed=config.seed)
+    reports: list[RewardReport] = []
+    task = reward_task(model, pairs, held, config.reward, seed=config.seed, reports=reports)
+    with joined(config.parallel, config.compute) as world:
 
-    def exported(target: Path) -> None:
-        tensors = {name: whole(tensor) for name, tensor in reward_tensors(model).items()}
-        described = replace(model.config, torch_dtype="float32")
-        save_reward_model(target, described, tensors, tokenizer_file=tokenizer_file(config.model))
+        def exported(target: Path) -> None:
+            tensors = ((name, whole(tensor)) for name, tensor in reward_tensors(model).items())
+            if world.is_first:
+                described = replace(model.config, torch_dtype="float32")
+                save_reward_model(target, described, tensors, tokenizer_file=tokenizer_file(config.model))
+            else:
+                for _ in tensors:  # a collective each
+                    pass
 
-    task.exported = exported
-    report = train(task, calm(config), progress=progress, restart=restart)
-    if held and report.finished:
-        told = held_out_report(model, held, config.reward)
-        write_report(config.out / REPORT, told)
-        for line in told.lines():
-            (progress or (lambda text: None))(line)
+        task.exported = exported
+        report = train(task, calm(config), progress=progress, restart=restart)
+        if reports and report.finished and world.is_first:
+            write_report(config.out / REPORT, reports[-1])
+            for line in reports[-1].lines():
+                (progress or (lambda text: None))(line)
+        world.barrier()
     return report
 
 
