@@ -94,6 +94,7 @@ def serve(dtype: str, given: argparse.Namespace) -> None:
     from chatglm.tokenizer import Tokenizer
 
     model = _load(SpeedSettings(random_shape=given.shape, dtype=dtype, device=given.device))
+    silence_specials(model)
     tokenizer = Tokenizer.from_file(ROOT / "tests" / "data" / "tokenizer" / "ice_text.model", config=model.config)
     placement = choose_placement(given.device, "auto" if dtype in ("int8", "int4") else dtype, 1)
     assert placement.dtype in DTYPES.values() or torch.device(given.device).type == "cpu"
@@ -103,6 +104,13 @@ def serve(dtype: str, given: argparse.Namespace) -> None:
     )  # fmt: skip
     with bind(settings.host, settings.port) as listener:
         sys.exit(run_server(Backend(loaded, settings), listener, RequestLog(as_json=False)))
+
+
+def silence_specials(model: Any) -> None:
+    """A random model repeats its input, so answers to `<sop>` would have no text; without these rows they are words."""
+    table = model.transformer.word_embeddings
+    rows = getattr(table, "weight_scale", table.weight)
+    rows.data[model.config.mask_token_id :] = 0
 
 
 def bench(dtype: str, given: argparse.Namespace) -> dict[str, Any]:
@@ -123,11 +131,25 @@ def over_http(dtype: str, given: argparse.Namespace) -> dict[str, Any]:
         server = subprocess.Popen(command(given, "--serve", dtype), stdout=file, stderr=file)
     try:
         url = wait_for(server, log)
+        before = by_thread(server.pid)
         facts = asyncio.run(load(url, given))
+        seconds = {name: round(after - before.get(name, 0), 1) for name, after in by_thread(server.pid).items()}
+        seconds = {name: spent for name, spent in seconds.items() if spent >= 1}
     finally:
         server.send_signal(signal.SIGTERM)
         server.wait(60)
-    return {**facts, "exit": server.returncode, "batch": given.batch, "rate": given.rate}
+        print(log.read_text(errors="replace")[:1500], file=sys.stderr)
+    return {**facts, "processor_seconds": seconds, "exit": server.returncode, "batch": given.batch, "rate": given.rate}
+
+
+def by_thread(pid: int) -> dict[str, float]:
+    """Processor seconds of a process by thread."""
+    found = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        name, rest = (task / "stat").read_text().rsplit(")", 1)
+        fields = rest.split()
+        found[f"{name.split('(', 1)[1]} {task.name}"] = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return found
 
 
 def wait_for(server: subprocess.Popen[bytes], log: Path) -> str:

@@ -46,7 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "p-tuning": {
         **LONG, "method.name": "ptuning", "method.bits": 4, "batch.rows": 4, "batch.micro_rows": 1,
-        "compute.checkpointing": True,
+        "compute.checkpointing": True, "compute.compile": True,
     },
     "p-tuning, 64 + 64": {
         "batch.length": 128, "method.name": "ptuning", "method.bits": 4, "batch.rows": 16, "batch.micro_rows": 1,
