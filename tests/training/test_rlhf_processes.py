@@ -25,7 +25,7 @@ from two_processes import in_two_processes
 TOLERANCE = 1e-6
 """On losses and rewards in fp32: two processes cut the batches elsewhere, so sums are rounded elsewhere."""
 
-KINDS = ("ppo", "shared", "rloo", "grpo")
+KINDS = ("ppo", "rloo", "grpo")
 STEPS = 6
 """A round has four."""
 

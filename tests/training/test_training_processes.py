@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing
 
 from chatglm.checkpoint import open_checkpoint
 from chatglm.checkpoint.reading import read_tensor
@@ -21,6 +17,7 @@ from chatglm.errors import TrainingError
 from chatglm.training.loop import train
 from chatglm.training.task import Task
 from tiny_runs import is_equal, tiny_run, tiny_task, trained_weights, weights
+from two_processes import in_two_processes
 
 TOLERANCE = 1e-6
 """On the loss, over 20 steps in fp32: sums of two processes are rounded elsewhere."""
@@ -50,18 +47,12 @@ def task_of(name: str) -> Task:
     return task
 
 
-def work(rank: int, folder: Path, port: int) -> None:
+def work(rank: int, folder: Path) -> None:
     """One of two processes: every way in turn, in one group."""
-    torch.set_num_threads(1)
-    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    torch.distributed.init_process_group("gloo")
     for name, sections in WAYS.items():
         report = train(task_of(name), tiny_run(folder / name, **sections))
         if rank == 0:
             (folder / f"{name}.json").write_text(json.dumps([report.losses, report.evaluation]), encoding="utf-8")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("resumed-alone-fsdp", "resumed-alone-tensor"):
         shutil.copytree(folder / "alone", folder / name)
         shutil.rmtree(folder / name / "step-000020")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, args=(folder, port), nprocs=2)
+    in_two_processes(work, folder)
     yield folder
 
 
