@@ -84,7 +84,7 @@
     return { __type__: "update", choices, value: isSaved ? current : null };
   };
 
-  const note = (text) => {
+  const note = (text, isLost) => {
     let box = document.getElementById("page-note");
     if (!box) {
       box = document.createElement("div");
@@ -94,6 +94,7 @@
     }
     box.textContent = text;
     box.hidden = !text;
+    box.toggleAttribute("data-lost", Boolean(isLost));
   };
 
   const parsed = (text) => {
@@ -299,7 +300,7 @@
     } catch (error) {
       if (error && error.name !== "AbortError") {
         failures += 1;
-        note(LOST[language()]);
+        note(LOST[language()], true);
       }
       throw error;
     }
