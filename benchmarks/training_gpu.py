@@ -51,6 +51,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "p-tuning, 64 + 64": {
         "batch.length": 128, "method.name": "ptuning", "method.bits": 4, "batch.rows": 16, "batch.micro_rows": 1,
     },
+    "embedded, full": {
+        "batch.length": 1024, "batch.rows": 96, "batch.micro_rows": 48, "compute.compile": True,
+        "model.config": {
+            "vocab_size": 12352, "hidden_size": 512, "num_layers": 12, "num_heads": 8, "inner_hidden_size": 2048,
+            "max_sequence_length": 1024, "bos_token_id": 12004, "eos_token_id": 12005, "mask_token_id": 12000,
+            "gmask_token_id": 12001,
+        },
+    },
 }  # fmt: skip
 """By name: what is set of a fine-tuning run; the rest are the defaults."""
 
@@ -110,6 +118,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     shape: dict[str, Any] = {}
     if given.small:
         shape = {"hidden_size": 128, "num_heads": 2, "inner_hidden_size": 512, "num_layers": 3}
+    shape = RUNS[name].get("model.config", shape)
     changes = {**RUNS[name], "model.config": shape, "model.source": None, "optimizer.lr": 1e-5, "steps": 1000}
     if given.small:
         changes |= {"batch.length": 128, "batch.rows": 2, "batch.micro_rows": 1, "compute.compile": False}
@@ -117,7 +126,7 @@ def measured(name: str, given: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         run = read_run(None, SFTRun, flags={"out": out}, changes=[f"{k}={json.dumps(v)}" for k, v in changes.items()])
         config = ModelConfig(**shape)
-        if run.method.get("name", "full") == "full" and not given.small:
+        if run.method.get("name", "full") == "full" and not shape:
             config = replace(config, num_layers=given.layers or most_layers(run, config, device))
             run = replace(run, model=replace(run.model, config={"num_layers": config.num_layers}))
         trained, frozen = costs(run) or (None, 0)

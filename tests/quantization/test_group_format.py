@@ -166,3 +166,16 @@ def test_quantising_while_loading_equals_quantising_afterwards() -> None:
     made = {new: tensor for name, tensor in plain.items() for new, tensor in transform(name, tensor)}
     expected = swap_linears(model, 4, True, group_size=8).state_dict()
     assert all(torch.equal(made[name], expected[name]) for name in made)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_wide_matrix_is_expanded_a_few_rows_at_a_time_to_the_same_numbers(
+    bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chatglm.quantization import group_format
+
+    weight = torch.randn(13, 64, generator=torch.Generator().manual_seed(4))
+    packed, scale = quantize_groups(weight, bits, 16)
+    at_once = dequantize_groups(packed, scale, bits, torch.bfloat16)
+    monkeypatch.setattr(group_format, "WIDE_ELEMENTS", 3 * packed.shape[1])
+    assert torch.equal(dequantize_groups(packed, scale, bits, torch.bfloat16), at_once)

@@ -9,6 +9,7 @@ Source: spec of the network in model/block.py, of each step in kernels/gpu/plain
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..kernels.gpu import FusedNorm, PackedWeight, to_streams
-from ..model import GLM
+from ..model import GLM, sdpa_attention
 from ..model.block import Block
 from ..model.rotary import rotary_frequencies, rotary_table
 from .kv_cache import KVCache
@@ -342,19 +343,22 @@ def prefix_lm_attention(heads: Tensor, rows: list[tuple[int, int]]) -> Tensor:
     """
     mixed = torch.empty_like(heads[0])
     start = 0
-    for total, context in rows:
-        query, key, value = (part[start : start + total].transpose(0, 1)[None] for part in heads)
-        result = mixed[start : start + total].transpose(0, 1)[None]  # [1, heads, tokens, head_dim]
-        attend = nn.functional.scaled_dot_product_attention
+    for (total, context), alike in itertools.groupby(rows):  # neighbours of one shape in one call
+        count = len(list(alike))
+        span = slice(start, start + count * total)
+        query, key, value, result = (
+            part[span].unflatten(0, (count, total)).transpose(1, 2) for part in (*heads, mixed)
+        )  # [sequences, heads, tokens, head_dim]
         if context:
-            result[:, :, :context] = attend(query[:, :, :context], key[:, :, :context], value[:, :, :context])
+            first = slice(0, context)
+            result[:, :, first] = sdpa_attention(query[:, :, first], key[:, :, first], value[:, :, first], None)
         if total - context == 1:
-            result[:, :, context:] = attend(query[:, :, context:], key, value)
+            result[:, :, context:] = sdpa_attention(query[:, :, context:], key, value, None)
         elif total > context:
             place = torch.arange(total, device=heads.device)
-            allowed = place <= place[context:, None]
-            result[:, :, context:] = attend(query[:, :, context:], key, value, attn_mask=allowed)
-        start += total
+            is_later = place > place[context:, None]
+            result[:, :, context:] = sdpa_attention(query[:, :, context:], key, value, is_later)
+        start += count * total
     return mixed.flatten(1)
 
 

@@ -116,12 +116,24 @@ def _check_finite(scale: Tensor, first_row: int) -> None:
         )
 
 
+WIDE_ELEMENTS = 1 << 23
+"""Bytes of codes that are made fp32 at once."""
+
+
 def dequantize_groups(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     """Code · scale in `dtype`. packed: [..., rows, bytes], scale [..., rows, groups] → [..., rows, columns].
 
     The product is exact in fp32 (11 + 8 significant bits), so it is rounded once, to `dtype`.
     """
     check_bits(bits)
+    rows = packed.shape[0] if packed.dim() == 2 else 1
+    most = max(1, WIDE_ELEMENTS * rows // max(1, packed.numel()))
+    if dtype != torch.float16 and rows > most:
+        whole = packed.new_empty((rows, packed.shape[1] * (2 if bits == 4 else 1)), dtype=dtype)
+        for start in range(0, rows, most):
+            span = slice(start, start + most)
+            whole[span] = dequantize_groups(packed[span], scale[span], bits, dtype)
+        return whole
     codes = (unpack_pairs(packed) if bits == 4 else packed).unflatten(-1, (scale.shape[-1], -1))
     weights: Tensor
     if dtype == torch.float16 and scale.dtype == torch.float16:

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from types import FrameType
 from typing import Any
 
@@ -22,6 +23,8 @@ from .json_answer import json_bytes
 from .logs import RequestLog, set_up_logging
 
 MAX_HEADERS = 32 << 10
+SWITCH_INTERVAL_S = 0.0005
+"""How long the engine's thread waits for the interpreter while the loop writes answers; Python's 5 ms are a step."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -150,6 +153,7 @@ def raise_file_limit() -> int:
 def run_server(backend: Backend, listener: socket.socket, log: RequestLog) -> int:
     """Serve until a signal; the exit status."""
     settings = backend.settings
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     set_up_logging(log)
     protocol = type("Protocol", (BoundedProtocol,), {"header_timeout_s": settings.read_timeout_s})
     config = uvicorn.Config(

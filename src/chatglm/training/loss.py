@@ -67,7 +67,10 @@ def token_losses(
     blocked  None: `dense_blocked(batch)`, or nothing where `attend` brings its own mask (masks.flex_attend)
     """
     hidden = hidden_states(model, batch, blocked=blocked, attend=attend)
-    return head_losses(model, hidden[batch.targets != IGNORE], batch.targets[batch.targets != IGNORE], chunk_bytes)
+    targets = batch.targets.flatten()
+    places = torch.nonzero(targets != IGNORE)[:, 0]
+    wanted = hidden.flatten(0, 1).index_select(0, places)  # its gradient is a plain sum, a mask's would sort first
+    return head_losses(model, wanted, targets[places], chunk_bytes)
 
 
 def batch_loss(
