@@ -8,6 +8,7 @@ the same rows. Source: Megatron-LM (Shoeybi et al. 2019) §3; PyTorch's FSDP2.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -200,7 +201,10 @@ def over_processes(module: Forward, world: World, dtype: torch.dtype = torch.flo
     if world.strategy == "ddp" or (world.strategy == "auto" and is_frozen):
         from torch.nn.parallel import DistributedDataParallel
 
-        return DistributedDataParallel(module, process_group=world.mesh.get_group("data"), broadcast_buffers=False)
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # its older name
+        options: dict[str, Any] = {sync: False}
+        return DistributedDataParallel(module, process_group=world.mesh.get_group("data"), **options)
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = world.mesh["data"]
