@@ -29,6 +29,7 @@ from .pairs import permutation
 from .policy import ActionScores, score_actions
 from .reference import Reference
 from .rollout import Answer, Prompt, RolloutEngine, RolloutRate
+from .rounds import ROUND_FILE, Round, restored, stored
 from .sharing import from_all, own_stretch
 from .watch import answer_metrics, kl_metrics
 
@@ -36,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 RATIO_TOLERANCE = 1e-3
 """Before the first update of a round old and new log-probabilities are the same numbers."""
-
-ROUND_FILE = "round.pt"
 
 GENERAL_SHARE = 4
 """Answers for each row of general data in a step: those rows are packed, and longer."""
@@ -122,16 +121,6 @@ class Algorithm(Protocol):
     def loss(self, model: nn.Module, scored: ActionScores, batch: OnlineBatch) -> MeteredLoss:
         """Sum over actions or answers, and their number."""
         ...
-
-
-@dataclass
-class Round:
-    """A round that was drawn: what a checkpoint keeps of it."""
-
-    number: int
-    experience: Experience
-    targets: dict[str, Tensor]
-    figures: dict[str, float]
 
 
 class Online:
@@ -236,17 +225,17 @@ class Online:
     def on_checkpoint(self, folder: Path) -> None:
         """Keep the round that is being walked through."""
         if self.round is not None:
-            torch.save(_stored(self.round, self.beta.beta), folder / ROUND_FILE)
+            torch.save(stored(self.round, self.beta.beta), folder / ROUND_FILE)
 
     def on_resume(self, folder: Path) -> None:
         """Take the round up again."""
         path = folder / ROUND_FILE
         if path.exists():
-            stored = torch.load(path, weights_only=True)
-            self.beta.beta = stored["beta"]
+            kept = torch.load(path, weights_only=True)
+            self.beta.beta = kept["beta"]
             count = self.settings.prompts
-            own = [self._prompt(stored["number"] * count + place) for place in range(count)]
-            self.round = _restored(stored, own, self.algorithm.answers_each, self.policy)
+            own = [self._prompt(kept["number"] * count + place) for place in range(count)]
+            self.round = restored(kept, own, self.algorithm.answers_each, self.policy)
 
     # the source of the loop
 
@@ -335,29 +324,3 @@ def _engine_error(experience: Experience) -> float:
     if len(said) != len(experience.logprobs):
         return 0.0
     return abs((experience.logprobs - said).exp().mean().item() - 1)
-
-
-_KEPT = ("rewards", "scores", "logprobs", "reference", "entropy", "answer", "starts")
-
-
-def _stored(held: Round, beta: float) -> dict[str, Any]:
-    experience = held.experience
-    return {
-        "number": held.number,
-        "beta": beta,
-        "figures": held.figures,
-        "targets": held.targets,
-        "answers": [(list(a.ids), a.is_finished, a.text, list(a.logprobs)) for a in experience.answers],
-        "experience": {name: getattr(experience, name) for name in _KEPT},
-    }
-
-
-def _restored(stored: Mapping[str, Any], prompts: Sequence[Prompt], each: int, policy: GLM) -> Round:
-    owners = [prompt for prompt in prompts for _ in range(each)]
-    answers = [
-        Answer(prompt, tuple(ids), done, text, tuple(logprobs))
-        for prompt, (ids, done, text, logprobs) in zip(owners, stored["answers"], strict=True)
-    ]
-    samples = [answer.sample(policy.config) for answer in answers]
-    experience = Experience(answers=answers, samples=samples, **stored["experience"])
-    return Round(stored["number"], experience, dict(stored["targets"]), dict(stored["figures"]))
