@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.nn.attention.flex_attention import create_block_mask
 
 from chatglm.model.attention import sdpa_attention
 from chatglm.model.positions import Layout, prefix_blocked
@@ -81,3 +82,23 @@ def test_every_token_sees_a_tuned_prefix_under_both_masks(
     torch.testing.assert_close(
         flex(query, key, value, None), sdpa_attention(query, key, value, blocked), rtol=0, atol=2e-6
     )
+
+
+@pytest.mark.parametrize("prefix", [0, 5, 16])
+def test_blocks_are_those_that_the_rule_itself_gives(prefix: int) -> None:
+    """Against PyTorch's own way from the rule to blocks, over rows with many borders."""
+    random = np.random.default_rng(0)
+    for _ in range(8):
+        lengths = [[int(n) for n in random.integers(1, 60, int(random.integers(1, 6)))] for _ in range(3)]
+        batch = batch_of([[(n, int(random.integers(0, n + 1))) for n in row] for row in lengths], padding=7)
+        mask, tokens = flex_block_mask(batch, prefix=prefix, block_size=16), batch.ids.shape[1]
+        allowed = torch.nn.functional.pad(~dense_blocked(batch), (prefix, 0), value=True)[:, 0]
+        query, key = torch.arange(tokens)[:, None], torch.arange(prefix + tokens)
+        found = torch.stack([mask.mask_mod(torch.tensor(row), torch.tensor(0), query, key) for row in range(3)])
+        assert torch.equal(found, allowed)
+        expected = create_block_mask(
+            mask.mask_mod, 3, None, tokens, prefix + tokens, device="cpu", BLOCK_SIZE=16
+        )  # fmt: skip
+        for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+            assert torch.equal(getattr(mask, name), getattr(expected, name)), name
+        assert torch.equal(mask.to_dense(), expected.to_dense())
