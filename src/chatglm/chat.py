@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from .config import ModelConfig
 from .engine.adapters import BASE, open_adapters, with_adapter
 from .engine.beam import beam_search
 from .engine.cpu_runner import cache_dtype
-from .engine.distributed import LeadingRunner, Team, cache_of, gather_team
+from .engine.distributed import LeadingRunner, Team, cache_of, gather_team, load_part
 from .engine.graph_runner import make_runner
 from .engine.loading import LoadedModel, Progress, load_model
 from .engine.placement import check_devices, choose_device, free_memory, physical_cores
@@ -158,7 +159,7 @@ def _load_split(
     check_devices(device, devices)
     check_divisible(config, devices)
     capacity = max_cached_tokens or config.max_sequence_length + (config.pre_seq_len or 0)
-    team = gather_team(folder, dtype, choose_device(device), devices, capacity)
+    team = gather_team(partial(load_part, folder, dtype), choose_device(device), devices, capacity)
     loaded = load_model(folder, dtype, str(team.device), group=team.group, progress=progress)
     return ChatModel(loaded, max_cached_tokens=capacity, team=team)
 
@@ -183,7 +184,7 @@ class ChatModel:
         twins = {name: with_adapter(model, found) for name, found in (adapters or {}).items()}
         longest_prefix = max((twin.config.pre_seq_len or 0 for twin in (model, *twins.values())), default=0)
         capacity = max_cached_tokens or default_cache_tokens(loaded, longest_prefix)
-        cache = cache_of(loaded, capacity)
+        cache = cache_of(model, capacity)
         rows = torch.tensor(
             [self.tokenizer.has_no_piece(row) for row in range(self.config.vocab_size)], device=model.device
         )

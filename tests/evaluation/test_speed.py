@@ -15,7 +15,7 @@ import torch
 from chatglm.config import ModelConfig
 from chatglm.engine.fast_network import FastNetwork
 from chatglm.engine.random_model import random_model
-from chatglm.errors import RequestError
+from chatglm.errors import CheckpointError, DeviceError, QuantizationError, RequestError
 from chatglm.evaluation import limits, speed
 from chatglm.kernels.gpu import operations
 from checkpoint_folders import small_safetensors
@@ -104,3 +104,51 @@ def test_a_model_and_a_random_shape_exclude_each_other() -> None:
     command = [sys.executable, "-m", "chatglm.cli", "bench", "some-folder", "--random", "6b"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "exclude each other" in done.stderr
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("dtype", ["fp32", "int4"])
+def test_two_processes_are_timed_as_one_model(dtype: str) -> None:
+    settings = speed.SpeedSettings(
+        dtype=dtype, device="cpu", group_size=32, prompt_tokens=16, new_tokens=4, batch=2, repeat=2
+    )
+    one = speed.measure_speed(replace(settings, kernels="torch"))
+    two = speed.measure_speed(replace(settings, devices=2))
+    assert two.keys() == one.keys()
+    assert (two["devices"], two["kernels"], two["batch"]) == (2, "torch", 2)
+    assert two["finite"] and two["decode_ms"]["n"] == 3 and two["prefill_ms"]["n"] == 2
+    # each rank reads its half of the linears and of the keys and values; norms and an INT8 head are whole everywhere
+    assert one["bytes_per_step"] / 2 <= two["bytes_per_step"] < one["bytes_per_step"]
+    assert two["flops_prefill"] == one["flops_prefill"] / 2
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.usefixtures("small")
+def test_a_checkpoint_over_two_processes_is_checked_and_timed(tmp_path: Path) -> None:
+    folder = small_safetensors(tmp_path / "model")
+    settings = speed.SpeedSettings(
+        source=folder, device="cpu", dtype="fp32", prompt_tokens=8, new_tokens=3, repeat=1, devices=2
+    )
+    assert speed.measure_speed(settings)["devices"] == 2
+    next(folder.glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError):
+        speed.measure_speed(settings)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    ("more", "error", "words"),
+    [
+        ({"devices": 3}, DeviceError, "4 heads cannot be split evenly over 3 devices"),
+        ({"devices": 2, "dtype": "int4", "group_size": 64}, QuantizationError, "32 columns are not a multiple"),
+        ({"devices": 2, "kernels": "native"}, RequestError, "2 devices run plain PyTorch, not the native kernels"),
+        ({"devices": 2, "cold": True}, RequestError, "timed on one device"),
+    ],
+)
+def test_what_several_devices_cannot_run_is_said_before_a_process_starts(
+    more: dict, error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "gather_team", lambda *_: pytest.fail("a process was started"))
+    settings = speed.SpeedSettings(device="cpu", dtype="fp32", prompt_tokens=16, new_tokens=4)
+    with pytest.raises(error, match=words):
+        speed.measure_speed(replace(settings, **more))

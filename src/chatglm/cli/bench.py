@@ -66,7 +66,8 @@ def bench(
     """Time first passes and decode steps, with greedy tokens on the host in order, and read the memory they take.
 
     The limits are a device's copy bandwidth and matrix rate, measured in the same run; the kernels are compared with
-    plain PyTorch before any figure counts. Exit code 1 where they differ.
+    plain PyTorch before any figure counts. Exit code 1 where they differ. --devices N: speed of N devices together, in
+    plain PyTorch; memory and limits of the first.
 
     Try next: chatglm bench --random 6b --dtype int4
     """
@@ -81,8 +82,9 @@ def bench(
         from ..evaluation.speed import SpeedSettings, measure_speed
 
         placement.check_devices()
-        torch.set_num_threads(placement.threads or physical_cores())
         is_cpu = choose_device(placement.device).type == "cpu"
+        shares = placement.devices if is_cpu else 1
+        torch.set_num_threads(placement.threads or max(1, physical_cores() // shares))
         settings = SpeedSettings(
             source=None if random else source_folder(source, placement.revision),
             random_shape=random or "6b",
@@ -95,6 +97,7 @@ def bench(
             batch=batch,
             repeat=repeat or (3 if is_cpu else 20),
             cold=cold,
+            devices=placement.devices,
         )
         facts = measure_speed(settings, progress.say)
     if common.json:
@@ -111,7 +114,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """The same for a person."""
     memory = facts["memory"]
     rows = [
-        ("model", f"{facts['dtype']}, group {facts['group_size']}, batch {facts['batch']}"),
+        ("model", f"{facts['dtype']}, group {facts['group_size']}, batch {facts['batch']}{_devices(facts)}"),
         ("machine", f"{facts['machine']}, {facts['kernels']} kernels, {facts['threads']} threads"),
         ("decode", _rate(facts, "decode", f"{facts['decode_ms']['median']:.2f} ms a step")),
         ("first pass", _rate(facts, "prefill", f"{facts['prompt_tokens']} tokens, first one after")
@@ -123,6 +126,10 @@ def lines(facts: dict[str, Any]) -> list[str]:
         ("parity", f"relative error {facts['parity']['error']:.1e}, quiet machine: {facts['quiet']}"),
     ]  # fmt: skip
     return [f"{name:<11} {value}" for name, value in rows]
+
+
+def _devices(facts: dict[str, Any]) -> str:
+    return "" if facts["devices"] == 1 else f", {facts['devices']} devices"
 
 
 def _load_times(facts: dict[str, Any]) -> str:

@@ -9,10 +9,10 @@ import contextlib
 import os
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ from .kv_cache import KVCache
 from .runner import Runner
 from .sequence import Sequence
 
-if TYPE_CHECKING:
-    from .loading import LoadedModel
-
 STOP = ("stop",)
+
+LoadPart = Callable[[torch.device, ProcessGroup], GLM]
+"""Makes one rank's part of a model on its device. Other processes get it too: a function of a module, or a partial."""
 
 
 class LeadingRunner(Runner):
@@ -107,11 +107,13 @@ class Team:
     meeting_place: tempfile.TemporaryDirectory[str]
 
     def close(self) -> None:
-        """Let the workers go home."""
-        self.group.broadcast(STOP)
-        self.workers.join()
-        self.group.leave()
-        self.meeting_place.cleanup()
+        """Let the workers go home. Raises what a worker failed with; this process is out of the group all the same."""
+        try:
+            self.group.broadcast(STOP)
+            self.workers.join()
+        finally:
+            self.group.leave()
+            self.meeting_place.cleanup()
 
 
 def device_of(rank: int, device: torch.device) -> torch.device:
@@ -119,38 +121,43 @@ def device_of(rank: int, device: torch.device) -> torch.device:
     return torch.device("cuda", rank) if device.type == "cuda" else device
 
 
-def gather_team(folder: Path, dtype: str, device: torch.device, world_size: int, capacity: int) -> Team:
-    """Start `world_size - 1` workers that load their part of the checkpoint and wait; join them as rank 0.
+def load_part(folder: Path, dtype: str, device: torch.device, group: ProcessGroup) -> GLM:
+    """One rank's part of a checkpoint folder."""
+    from .loading import load_model
 
+    return load_model(folder, dtype, str(device), group=group).model
+
+
+def gather_team(load: LoadPart, device: torch.device, world_size: int, capacity: int) -> Team:
+    """Start `world_size - 1` workers that load their part of the model and wait; join them as rank 0.
+
+    load      run by every worker; rank 0 does it after this
     capacity  tokens of every rank's KV cache
     """
     place = tempfile.TemporaryDirectory(prefix="chatglm-")
-    arguments = (Path(place.name) / "group", folder, dtype, str(device), world_size, capacity)
+    arguments = (Path(place.name) / "group", load, str(device), world_size, capacity)
     workers = spawn(_work, arguments, nprocs=world_size - 1, join=False, daemon=True)
     first = device_of(0, device)
     return Team(join_group(arguments[0], 0, world_size, first), first, workers, place)
 
 
-def _work(index: int, place: Path, folder: Path, dtype: str, device_name: str, world_size: int, capacity: int) -> None:
-    from .loading import load_model
-
+def _work(index: int, place: Path, load: LoadPart, device_name: str, world_size: int, capacity: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C at a terminal is for rank 0
     rank = index + 1
     device = device_of(rank, torch.device(device_name))
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     group = join_group(place, rank, world_size, device)
-    loaded = load_model(folder, dtype, str(device), group=group)
-    follow(Runner(loaded.model, cache_of(loaded, capacity)), group)
+    model = load(device, group)
+    follow(Runner(model, cache_of(model, capacity)), group)
     group.leave()
 
 
-def cache_of(loaded: LoadedModel, capacity: int) -> KVCache:
-    """A KV cache for the heads that this rank has."""
+def cache_of(model: GLM, capacity: int) -> KVCache:
+    """A KV cache for the heads that this rank has. capacity: tokens."""
     from ..parallel.sharding import local_heads
 
-    model = loaded.model
     heads = local_heads(model)
-    is_whole = heads == loaded.config.num_heads
+    is_whole = heads == model.config.num_heads
     dtype = cache_dtype(model) if is_whole else model.dtype
-    return KVCache(loaded.config, capacity, dtype, model.device, num_heads=heads)
+    return KVCache(model.config, capacity, dtype, model.device, num_heads=heads)

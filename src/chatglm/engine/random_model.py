@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..checkpoint.huge_pages import prefer_huge_pages
 from ..config import ModelConfig
 from ..model import GLM
+from ..parallel import ProcessGroup, connect, shard_model
 from ..quantization import QuantizedEmbedding, QuantizedLinear, swap_linears
 
 WEIGHT_STD = 0.02
@@ -36,16 +37,20 @@ def random_model(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    group: ProcessGroup | None = None,
 ) -> GLM:
     """A GLM of this shape.
 
     bits            of the linears: 0 for weights in `dtype`, else 8 or 4
     group_size      columns that share a scale; 0 is the original's row-wise format
     embedding_bits  of embedding and head; None: as the linears
+    group           make one rank's part: every rank draws the same numbers, so what is whole everywhere is equal
     """
     device = torch.device(device)
     with torch.device("meta"):
         model = GLM(config)
+    if group:
+        shard_model(model, group.rank, group.world_size)
     embedding_bits = bits if embedding_bits is None else embedding_bits
     swap_linears(
         model, bits, embeddings=embedding_bits > 0, group_size=group_size, embedding_bits=embedding_bits or bits
@@ -57,6 +62,8 @@ def random_model(
     with torch.no_grad():
         for module in model.modules():
             _fill(module, generator)
+    if group:
+        connect(model, group)
     model.requires_grad_(False)
     return model.eval()
 

@@ -8,6 +8,7 @@ token only.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import resource
@@ -16,24 +17,29 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoint import check, open_checkpoint
 from ..config import ModelConfig
 from ..engine.cpu_runner import CpuRunner, cache_dtype
+from ..engine.distributed import LeadingRunner, Team, cache_of, gather_team
 from ..engine.graph_runner import GraphRunner, make_runner
 from ..engine.kv_cache import KVCache
-from ..engine.loading import load_model
-from ..engine.placement import DTYPES, choose_placement
+from ..engine.loading import load_model, wanted_form
+from ..engine.placement import DTYPES, choose_device, choose_placement
 from ..engine.random_model import random_model
 from ..engine.runner import Runner
 from ..engine.sampling import SamplingParams
 from ..engine.sequence import Sequence
 from ..errors import RequestError
 from ..model import GLM
+from ..parallel import ProcessGroup, shard_model
+from ..quantization import swap_as_described
 from .limits import Limits, measure_limits, seconds_of, synchronize
 
 RANDOM_SHAPES = {"6b": ModelConfig()}
@@ -59,6 +65,8 @@ class SpeedSettings:
     group_size  of random quantised weights: 0 is the original's row-wise format, None the project's default
     kernels     auto, triton, native, torch; None asks the environment
     cold        also load once with the files' pages out of memory
+    devices     processes that hold the model together, in plain PyTorch; times are of them all, memory, bytes,
+                operations and limits of the first one
     """
 
     source: Path | None = None
@@ -72,20 +80,37 @@ class SpeedSettings:
     batch: int = 1
     repeat: int = 5
     cold: bool = False
+    devices: int = 1
 
 
 def measure_speed(settings: SpeedSettings, say: Say = lambda _: None) -> dict[str, Any]:
     """Everything that `chatglm bench --json` prints. Raises RequestError for a prompt that the model cannot hold."""
+    config = (
+        RANDOM_SHAPES[settings.random_shape] if settings.source is None else open_checkpoint(settings.source).config
+    )
+    _check(settings, config)
+    if settings.devices == 1:
+        return _measure(settings, config, None, say)
+    if settings.source is not None:
+        check(settings.source)  # here, so that an error is one error and not one a process
+    say(f"starting {settings.devices - 1} more processes")
+    load = partial(_load, settings, config)
+    device = choose_device(settings.device)
+    team = gather_team(load, device, settings.devices, settings.batch * _slots(settings, config))
+    with contextlib.closing(team):
+        return _measure(settings, config, team, say)
+
+
+def _measure(settings: SpeedSettings, config: ModelConfig, team: Team | None, say: Say) -> dict[str, Any]:
     busy_before = _busy_share()
-    load_cold_s = _cold_load(settings, say) if settings.cold else None
+    load_cold_s = _cold_load(settings, config, say) if settings.cold else None
     say("loading the model")
     began = time.perf_counter()
-    model = _load(settings)
-    runner = _runner(model, settings)
+    model = _load(settings, config, team.device, team.group) if team else _load(settings, config, settings.device)
+    runner = _runner(model, settings, team)
     device = model.device
     synchronize(device)
     load_s = time.perf_counter() - began
-    _check(settings, model.config)
     first = make_sequences(settings, model.config)[0]
     _start(runner, [first])
     synchronize(device)
@@ -112,7 +137,7 @@ def measure_speed(settings: SpeedSettings, say: Say = lambda _: None) -> dict[st
     return result
 
 
-def _cold_load(settings: SpeedSettings, say: Say) -> float:
+def _cold_load(settings: SpeedSettings, config: ModelConfig, say: Say) -> float:
     """Seconds of a load that reads its files from the disk; the model is dropped again."""
     if settings.source is None:
         raise RequestError("random weights have no files to load cold", cure="name a checkpoint")
@@ -125,20 +150,30 @@ def _cold_load(settings: SpeedSettings, say: Say) -> float:
                 os.fsync(opened.fileno())  # only clean pages can be dropped
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     began = time.perf_counter()
-    runner = _runner(_load(settings), settings)
+    runner = _runner(_load(settings, config, settings.device), settings)
     synchronize(runner.model.device)
     return time.perf_counter() - began
 
 
-def _load(settings: SpeedSettings) -> GLM:
+def _form(settings: SpeedSettings, config: ModelConfig) -> ModelConfig:
+    """The description of the weights as they will be held."""
     if settings.source is not None:
-        return load_model(settings.source, settings.dtype, settings.device).model
-    config = RANDOM_SHAPES[settings.random_shape]
-    bits = int(settings.dtype[-1]) if settings.dtype in ("int8", "int4") else 0
+        return wanted_form(config, settings.dtype)
+    is_quantised = settings.dtype in ("int8", "int4")
+    return config.quantized(int(settings.dtype[-1]), settings.group_size) if is_quantised else config
+
+
+def _load(
+    settings: SpeedSettings, config: ModelConfig, device: torch.device | str, group: ProcessGroup | None = None
+) -> GLM:
+    """The model, or one rank's part of it. config: the shape of random weights."""
+    if settings.source is not None:
+        return load_model(settings.source, settings.dtype, str(device), group=group).model
+    wanted = _form(settings, config)
+    bits = wanted.quantization_bit
     activations = "auto" if bits else settings.dtype
-    placement = choose_placement(settings.device, activations, config.num_parameters * (bits or 32) // 8)
+    placement = choose_placement(str(device), activations, config.num_parameters * (bits or 32) // 8)
     dtype = DTYPES.get(settings.dtype, placement.dtype)
-    wanted = config.quantized(bits, settings.group_size) if bits else config
     return random_model(
         config,
         bits=bits,
@@ -146,6 +181,7 @@ def _load(settings: SpeedSettings) -> GLM:
         embedding_bits=wanted.embedding_bits,
         dtype=dtype,
         device=placement.device,
+        group=group,
     )
 
 
@@ -156,11 +192,31 @@ def _check(settings: SpeedSettings, config: ModelConfig) -> None:
             f"{settings.prompt_tokens} prompt and {settings.new_tokens} new tokens are {total}; this model holds "
             f"{config.max_sequence_length}, a prompt has at least 3"
         )
+    if settings.devices == 1:
+        return
+    with torch.device("meta"):
+        part = GLM(config.quantized(0))
+    shard_model(part, 0, settings.devices)
+    swap_as_described(part, _form(settings, config))
+    if settings.cold:
+        raise RequestError("a cold load is timed on one device", cure="leave --cold or --devices out")
+    if settings.kernels not in (None, "auto", "torch"):
+        raise RequestError(
+            f"{settings.devices} devices run plain PyTorch, not the {settings.kernels} kernels",
+            cure="leave --kernel or --devices out",
+        )
 
 
-def _runner(model: GLM, settings: SpeedSettings) -> Runner:
-    slots = -(-(settings.prompt_tokens + settings.new_tokens + (model.config.pre_seq_len or 0)) // 16) * 16
-    cache = KVCache(model.config, settings.batch * slots, cache_dtype(model), model.device)
+def _slots(settings: SpeedSettings, config: ModelConfig) -> int:
+    """Tokens that one sequence takes in the cache."""
+    return -(-(settings.prompt_tokens + settings.new_tokens + (config.pre_seq_len or 0)) // 16) * 16
+
+
+def _runner(model: GLM, settings: SpeedSettings, team: Team | None = None) -> Runner:
+    slots = settings.batch * _slots(settings, model.config)
+    if team:
+        return LeadingRunner(model, cache_of(model, slots), team.group)
+    cache = KVCache(model.config, slots, cache_dtype(model), model.device)
     return make_runner(model, cache, kernels=settings.kernels)
 
 
@@ -239,7 +295,7 @@ def _step(runner: Runner, sequences: list[Sequence]) -> tuple[list[int], bool]:
 
 def _parity(model: GLM, runner: Runner) -> dict[str, Any]:
     """Largest relative error of logits against the plain network: a first pass and two steps of a short sequence."""
-    if type(runner) is Runner:
+    if type(runner) in (Runner, LeadingRunner):
         return {"ok": True, "error": 0.0, "against": "itself"}
     settings = SpeedSettings(prompt_tokens=PARITY_TOKENS, new_tokens=4)
     plain = Runner(model, KVCache(model.config, 64, model.dtype, model.device))
@@ -319,12 +375,13 @@ def _report(
     settings: SpeedSettings, model: GLM, runner: Runner, prefill: list[float], decode: list[float], limits: Limits
 ) -> dict[str, Any]:
     config, device, batch = model.config, model.device, settings.batch
-    token_bytes = 2 * config.num_layers * config.hidden_size * cache_dtype(model).itemsize
+    parts = settings.devices
+    token_bytes = 2 * config.num_layers * config.hidden_size * runner.cache.keys.itemsize // parts
     held = settings.prompt_tokens + settings.new_tokens / 2 + 1
     moved = step_bytes(model) + int(batch * held * token_bytes)
-    flops = batch * prefill_flops(config, settings.prompt_tokens)
+    flops = batch * prefill_flops(config, settings.prompt_tokens) / parts
     bandwidth = limits.bandwidth(device)
-    limit_step = max(moved / bandwidth, batch * 2 * _weights_of(config) / limits.matmul_flops_per_s)
+    limit_step = max(moved / bandwidth, batch * 2 * _weights_of(config) / parts / limits.matmul_flops_per_s)
     limit_first = max(step_bytes(model) / bandwidth, flops / limits.matmul_flops_per_s)
     step, first = statistics.median(decode), statistics.median(prefill)
     return {
@@ -353,7 +410,7 @@ def _report(
         "kernels": {"GraphRunner": "triton", "CpuRunner": "native"}.get(type(runner).__name__, "torch"),
         "threads": torch.get_num_threads(),
         "device": str(device),
-        "devices": 1,
+        "devices": parts,
         "machine": _machine(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
