@@ -81,9 +81,13 @@ SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(1, 3), st
     blocks=st.integers(15, 40),
     rows=st.integers(1, 8),
     preempt=st.sampled_from(["recompute", "swap"]),
+    early=st.booleans(),
 )
-def test_every_schedule_gives_solo_tokens_and_returns_all_blocks(base, shapes, waits, cancelled, blocks, rows, preempt):
+def test_every_schedule_gives_solo_tokens_and_returns_all_blocks(
+    base, shapes, waits, cancelled, blocks, rows, preempt, early
+):
     engine = engine_of(base, blocks, rows, preempt=preempt)
+    engine.launches_early = early
     groups = [group_of(base, number, *shape) for number, shape in enumerate(shapes)]
     accepted = []
     endings: dict[Stream, int] = {}
@@ -115,6 +119,7 @@ def test_every_schedule_gives_solo_tokens_and_returns_all_blocks(base, shapes, w
         if event.finish is not None:
             endings[event.stream] = endings.get(event.stream, 0) + 1
     assert [tokens(group) for group in gone] == before  # not one token after the cancel
+    assert endings.keys() == {stream for group in accepted for stream in group.streams}
     assert engine.pool.num_used == 0 and not engine.running and not engine.pending and not len(engine.waiting)
     assert set(endings.values()) <= {1}
     for number, group in enumerate(groups):
@@ -122,15 +127,53 @@ def test_every_schedule_gives_solo_tokens_and_returns_all_blocks(base, shapes, w
             assert tokens(group) == solo(base, number, *shapes[number])
 
 
-def test_preemption_happens_and_changes_nothing(base):
+@pytest.mark.parametrize("early", [False, True])
+def test_preemption_happens_and_changes_nothing(base, early):
     shapes = [(20, 24, 1, 0.0)] * 6
     engine = engine_of(base, 8)
+    engine.launches_early = early
     groups = [group_of(base, number, *shape) for number, shape in enumerate(shapes)]
     for group in groups:
         engine.submit(group)
     run(engine)
     assert engine.counters.preemptions > 0
     assert [tokens(group) for group in groups] == [solo(base, n, *shape) for n, shape in enumerate(shapes)]
+
+
+def test_the_next_step_has_begun_before_tokens_are_told(base):
+    engine, group = engine_of(base, 16), group_of(base, 0, 5, 6)
+    engine.launches_early = True
+    engine.submit(group)
+    decoded: list[int] = []
+    decode = engine.runner.decode
+    engine.runner.decode = lambda streams: decoded.append(len(group.streams[0].generated_ids)) or decode(streams)
+    told = 0
+    while engine.has_work:
+        told += sum(bool(event.text) for event in engine.step())
+        if 1 < told < 5:
+            assert decoded[-1] == told  # the step that is fed the newest token is under way
+    assert decoded == [1, 2, 3, 4, 5] and tokens(group) == solo(base, 0, 5, 6)
+
+
+def test_what_ends_while_a_step_is_under_way_takes_no_token_of_it(base):
+    engine, group, other = engine_of(base, 16), group_of(base, 0, 5, 20), group_of(base, 1, 5, 8)
+    engine.launches_early = True
+    for each in (group, other):
+        engine.submit(each)
+    while len(group.streams[0].generated_ids) < 3:
+        engine.step()
+    engine.cancel(group.id)
+    before = tokens(group)
+    run(engine)
+    assert tokens(group) == before and tokens(other) == solo(base, 1, 5, 8) and engine.pool.num_used == 0
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_choices_that_end_in_one_step_are_all_told(base, n):
+    engine, group = engine_of(base, 16), group_of(base, 0, 5, 1, n=n)
+    engine.submit(group)
+    ends = [event.stream for _ in range(3) for event in engine.step() if event.finish == "length"]
+    assert ends == group.streams and not engine.has_work
 
 
 def test_a_paused_first_pass_equals_one_that_is_not(base):

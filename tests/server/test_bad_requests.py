@@ -386,8 +386,9 @@ def test_regex_bombs_do_not_change_or_stop_a_running_stream(server):
         response = server.chat(structured_outputs={"regex": regex})
         assert (response.status_code, error_of(response)["code"]) == (400, "invalid_grammar")
     reader.join()
-    pieces = [[event["choices"][0]["delta"] for event in events] for events in (alone, found[0])]
-    assert pieces[0] == pieces[1]
+    deltas = [[event["choices"][0]["delta"] for event in events] for events in (alone, found[0])]
+    texts = ["".join(delta.get("content", "") for delta in these) for these in deltas]  # pieces may come together
+    assert texts[0] == texts[1] != ""
 
 
 # 21, 23, 24

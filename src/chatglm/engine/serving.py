@@ -21,10 +21,9 @@ from .kv_cache import BLOCK_SIZE
 from .row_runner import Prefill, begin_prefill
 from .runner import Runner
 from .serving_sampler import ServingSampler
-from .serving_state import EngineLimits, Pending, StreamEvent
+from .serving_state import EngineLimits, Flight, Pending, StreamEvent
 from .stream import Group, Stream
 from .stream_keeper import ADMITTED, StreamKeeper
-from .swapping import SwappedBlocks
 
 AGED_S = 2.0
 """A first pass that has waited so long is not overtaken any more, nor a request at the head of its queue."""
@@ -53,8 +52,9 @@ class ServingEngine(StreamKeeper):
         for name, beside in (adapters or {}).items():
             self.runners[name] = beside
         self.prefill_budget = self.limits.prefill_budget or DEFAULT_BUDGET
-        self._keeps_copies = self.limits.preempt == "swap" or self.limits.deterministic
         self._was_prefill = False
+        self._flight: Flight | None = None
+        self.launches_early = runner.model.device.type == "cuda"
 
     # From outside
 
@@ -272,15 +272,32 @@ class ServingEngine(StreamKeeper):
                 self.pool.copy(context.blocks[whole], own)
                 blocks = [*blocks, own]
             stream.hold(blocks)
-            stream.cached = context.length
+            stream.cached, stream.turn = context.length, self.counters.steps
         self.running += live
         self._take(logits.expand(len(live), -1), live)
 
     # Decode steps
 
     def _decode(self) -> None:
-        """One token for the streams whose turn it is; those of one adapter, which has waited longest."""
-        turn = sorted(self.running, key=lambda stream: stream.turn)
+        """One token for the streams whose turn it is.
+
+        On a device that works by itself the step after it begins before this one's tokens are made text and told, so
+        that the device need not wait for that.
+        """
+        flight = self._flight or self._launch()
+        self._flight = None
+        if flight is None:
+            return
+        taken = self._accept(flight.draws, flight.is_current)
+        if self.launches_early and self._can_go_on():
+            self._flight = self._launch()
+        self._tell(taken)
+
+    def _launch(self) -> Flight | None:
+        """Start a step of the streams of one adapter that have waited longest; None where none can run."""
+        turn = sorted((stream for stream in self.running if not stream.is_finished), key=lambda stream: stream.turn)
+        if not turn:
+            return None
         adapter = self._owners[turn[0]].adapter
         turn = [stream for stream in turn if self._owners[stream].adapter == adapter][: self.limits.decode_rows]
         batch: list[Stream] = []
@@ -289,11 +306,18 @@ class ServingEngine(StreamKeeper):
                 batch.append(stream)
         batch = [stream for stream in batch if stream.slots and not stream.is_finished]  # some may have been preempted
         if not batch:
-            return
+            return None
         for stream in batch:
             stream.turn = self.counters.steps
         self.counters.iteration_tokens.observe(len(batch))
-        self._take(self.runners[adapter].decode(list(batch)), batch)
+        draws = self._draw(self.runners[adapter].decode(list(batch)), batch)
+        return Flight(draws, [stream.slots for stream in batch])
+
+    def _can_go_on(self) -> bool:
+        """Whether the next step needs neither text nor a block that somebody has to give up."""
+        going_on = [stream for stream in self.running if not stream.is_finished]
+        wanted = sum(stream.cached >= len(stream.slots) for stream in going_on)
+        return wanted <= self.pool.num_free and all(stream.matcher is None for stream in going_on)
 
     def _grow(self, stream: Stream) -> bool:
         """A slot for the next token. False when the stream itself had to be preempted for want of one."""
@@ -310,31 +334,6 @@ class ServingEngine(StreamKeeper):
                 return False
         stream.hold([*stream.blocks, *blocks])
         return True
-
-    def _take_blocks(self, count: int) -> list[int] | None:
-        """Free blocks; kept contexts are given up for them."""
-        while (blocks := self.pool.allocate(count)) is None:
-            if not self.contexts.drop_one():
-                return None
-        return blocks
-
-    def _victim(self) -> Group:
-        """The admitted group with the least work lost, the latest of equals; never the oldest."""
-        admitted = [group for group in self.groups.values() if group.state in ADMITTED]
-        oldest = min(admitted, key=lambda group: group.arrived)
-        others = [group for group in admitted if group is not oldest] or [oldest]
-        return min(others, key=lambda group: (group.num_computed, -group.arrived))
-
-    def _preempt(self, group: Group) -> None:
-        """Take all blocks; ids, text, seeds and grammars stay. The group waits at the head of its key's queue."""
-        self.counters.preemptions += 1
-        if self._keeps_copies and group.state == "running":
-            group.swapped = SwappedBlocks.take(self.pool, group.live)
-        self._leave(group)
-        group.state = "waiting"
-        self.waiting.push(group, at_head=True)
-        for held in [held for held in self.pending if group in held.groups]:
-            self._leave_pending(held, group)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -40,9 +40,13 @@ class ServingSampler:
         self.no_piece = no_piece
         self.end_id = end_id
 
-    @torch.inference_mode()
     def __call__(self, logits: Tensor, streams: list[Stream]) -> list[Chosen]:
         """logits: fp32 [batch, vocab], one row for each stream."""
+        return self.start(logits, streams).wait()
+
+    @torch.inference_mode()
+    def start(self, logits: Tensor, streams: list[Stream]) -> Draws:
+        """The same without waiting for the device; streams must stay as they are until `wait`."""
         is_finite = torch.isfinite(logits).all(dim=-1)
         logits = torch.where(is_finite[:, None], logits, 0.0)
         if self.no_piece is not None:
@@ -57,16 +61,41 @@ class ServingSampler:
             _penalize(logits[row], stream)
         tokens = logits.argmax(dim=-1)
         drawing = [row for row, stream in enumerate(streams) if not stream.params.is_greedy]
-        if drawing:
+        if len(drawing) == len(streams):
+            tokens = draw(logits, streams)
+        elif drawing:
             tokens[drawing] = draw(logits[drawing], [streams[row] for row in drawing])
-        both = torch.stack((tokens, is_finite.long())).tolist()  # one transfer to the host
+        return Draws(list(streams), torch.stack((tokens, is_finite.long())), errors, logprobs)
+
+
+class Draws:
+    """Tokens that are being drawn, one for each stream."""
+
+    def __init__(
+        self, streams: list[Stream], both: Tensor, errors: list[str | None], logprobs: dict[int, Tensor]
+    ) -> None:
+        """both: int64 [2, batch]: tokens, and whether the row's scores were finite."""
+        self.streams, self._errors, self._logprobs = streams, errors, logprobs
+        self._event: torch.cuda.Event | None = None
+        self._both = both
+        if both.is_cuda:
+            self._both = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            self._both.copy_(both, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> list[Chosen]:
+        """What was drawn, once the device has come so far."""
+        if self._event is not None:
+            self._event.synchronize()
+        rows = zip(*self._both.tolist(), self._errors, self.streams, strict=True)
         return [
             Chosen(0, error="non_finite_logits")
             if not finite
             else Chosen(0, error=error)
             if error
-            else Chosen(token, _info(logprobs[row], token, stream) if row in logprobs else None)
-            for row, (token, finite, error, stream) in enumerate(zip(*both, errors, streams, strict=True))
+            else Chosen(token, _info(self._logprobs[row], token, stream) if row in self._logprobs else None)
+            for row, (token, finite, error, stream) in enumerate(rows)
         ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .row_runner import Prefill
+from .serving_sampler import Draws
 from .stream import Group, Stream, TokenInfo
 
 Preempt = Literal["recompute", "swap"]
@@ -34,6 +35,20 @@ class EngineLimits:
     preempt: Preempt = "recompute"
     deterministic: bool = False
     pool_blocks: int | None = None
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A decode step that was started. slots: those of each stream then, which others have taken the place of since
+    where the stream lost its blocks.
+    """
+
+    draws: Draws
+    slots: list[list[int]]
+
+    def is_current(self, row: int, stream: Stream) -> bool:
+        """Whether a row's token is still wanted."""
+        return stream.slots is self.slots[row] and not stream.is_finished
 
 
 @dataclass(frozen=True)

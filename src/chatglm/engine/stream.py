@@ -69,7 +69,8 @@ class Choices:
 class Stream(Sequence):
     """A Sequence of a served request: choice number, seed of its own, text as it comes, blocks that may be shared.
 
-    newest  when its latest token came
+    newest   when its latest token came
+    is_over  whether its end was told
     """
 
     choice: int = 0
@@ -79,6 +80,7 @@ class Stream(Sequence):
     num_sampled: int = 0
     blocks: list[int] = field(default_factory=list)
     turn: int = 0
+    is_over: bool = False
     newest: float | None = None
     infos: list[TokenInfo] = field(default_factory=list)
 

@@ -13,11 +13,15 @@ from .block_pool import BlockPool
 from .context_cache import ContextCache
 from .fair_queue import FairQueue
 from .runner import Runner
-from .serving_sampler import Chosen, ServingSampler
+from .serving_sampler import Chosen, Draws, ServingSampler
 from .serving_state import Counters, EngineLimits, Pending, StreamEvent
 from .stream import Group, Stream
+from .swapping import SwappedBlocks
 
 ADMITTED = ("prefilling", "running")
+
+Taken = tuple[Stream, Chosen]
+"""A stream and its newest token."""
 
 
 class StreamKeeper:
@@ -44,6 +48,7 @@ class StreamKeeper:
         self._owners: dict[Stream, Group] = {}
         self._clock = clock
         self._change_logits = change_logits
+        self._keeps_copies = limits.preempt == "swap" or limits.deterministic
         self._events: list[StreamEvent] = []
 
     @property
@@ -82,16 +87,44 @@ class StreamKeeper:
 
     # Tokens
 
-    def _take(self, logits: Tensor, streams: list[Stream]) -> None:
-        """Sample, decode to text, report; ended streams leave."""
+    def _draw(self, logits: Tensor, streams: list[Stream]) -> Draws:
+        """Begin to sample; nobody waits for the device yet."""
         if self._change_logits is not None:
             logits = self._change_logits(logits, streams)
+        return self.sampler.start(logits, streams)
+
+    def _take(self, logits: Tensor, streams: list[Stream]) -> None:
+        """Sample, decode to text, report; ended streams leave."""
+        self._tell(self._accept(self._draw(logits, streams)))
+
+    def _accept(
+        self, draws: Draws, is_current: Callable[[int, Stream], bool] = lambda row, stream: True
+    ) -> list[Taken]:
+        """Each stream's token becomes its newest; what ends by the token itself is marked.
+
+        is_current  whether a row's stream still is what it was when the draw began
+        """
+        taken = []
+        for row, (stream, chosen) in enumerate(zip(draws.streams, draws.wait(), strict=True)):
+            if not is_current(row, stream):
+                continue
+            if chosen.error:
+                stream.fail(chosen.error)
+            else:
+                stream.num_sampled += 1
+                stream.append(chosen.token, self.sampler.end_id)
+            taken.append((stream, chosen))
+        return taken
+
+    def _tell(self, taken: list[Taken]) -> None:
+        """Text of the tokens, and its end where there is one; ended streams leave."""
         now = self._clock()
-        for stream, chosen in zip(streams, self.sampler(logits, streams), strict=True):
+        for stream, chosen in taken:
+            if stream not in self._owners:
+                continue  # another choice of the request has ended it
             group = self._owners[stream]
             group.first_token = group.first_token or now
             if chosen.error:
-                stream.fail(chosen.error)
                 self._finish(stream, "", "error", chosen.error.partition(":")[0])
                 continue
             self.counters.generation_tokens += 1
@@ -99,15 +132,12 @@ class StreamKeeper:
                 self.counters.gaps.observe(max(0.0, now - stream.newest))
             stream.newest = now
             self.waiting.charge(group.key, 1)
-            self._append(stream, chosen)
+            self._read(stream, chosen)
 
-    def _append(self, stream: Stream, chosen: Chosen) -> None:
-        stream.num_sampled += 1
-        end_id = self.sampler.end_id
-        stream.append(chosen.token, end_id)
+    def _read(self, stream: Stream, chosen: Chosen) -> None:
         assert stream.text is not None
         text = ""
-        if chosen.token != end_id:
+        if chosen.token != self.sampler.end_id:
             if chosen.info:
                 stream.infos.append(chosen.info)
             text = stream.text.push(chosen.token)
@@ -138,13 +168,14 @@ class StreamKeeper:
 
     def _report(self, stream: Stream, text: str, finish: str | None = None, code: str | None = None) -> None:
         infos, stream.infos = stream.infos, []
+        stream.is_over = finish is not None
         self._events.append(StreamEvent(self._owners[stream], stream, text, infos, finish, code))
 
     def _finish(self, stream: Stream, text: str, finish: str, code: str | None = None) -> None:
         self._report(stream, text, finish, code)
         self._release(stream)
         group = self._owners[stream]
-        if not group.live:
+        if all(other.is_over for other in group.streams):
             self._forget(group)
         elif finish == "error":
             self._end_group(group, "error", code or "internal_error")
@@ -156,7 +187,7 @@ class StreamKeeper:
             self.waiting.remove(group)
         for held in [held for held in self.pending if group in held.groups]:
             self._leave_pending(held, group)
-        for stream in group.live:
+        for stream in [stream for stream in group.streams if not stream.is_over]:
             stream.finish_reason = "error" if finish == "error" else "cancelled"
             self._report(stream, "", finish, code)
         self._forget(group)
@@ -190,3 +221,28 @@ class StreamKeeper:
         stream.blocks, stream.slots, stream.cached = [], [], 0
         if stream in self.running:
             self.running.remove(stream)
+
+    def _take_blocks(self, count: int) -> list[int] | None:
+        """Free blocks; kept contexts are given up for them."""
+        while (blocks := self.pool.allocate(count)) is None:
+            if not self.contexts.drop_one():
+                return None
+        return blocks
+
+    def _victim(self) -> Group:
+        """The admitted group with the least work lost, the latest of equals; never the oldest."""
+        admitted = [group for group in self.groups.values() if group.state in ADMITTED]
+        oldest = min(admitted, key=lambda group: group.arrived)
+        others = [group for group in admitted if group is not oldest] or [oldest]
+        return min(others, key=lambda group: (group.num_computed, -group.arrived))
+
+    def _preempt(self, group: Group) -> None:
+        """Take all blocks; ids, text, seeds and grammars stay. The group waits at the head of its key's queue."""
+        self.counters.preemptions += 1
+        if self._keeps_copies and group.state == "running":
+            group.swapped = SwappedBlocks.take(self.pool, group.live)
+        self._leave(group)
+        group.state = "waiting"
+        self.waiting.push(group, at_head=True)
+        for held in [held for held in self.pending if group in held.groups]:
+            self._leave_pending(held, group)
