@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--plain-rounds", type=int, default=2, help="of plain PyTorch; 0 leaves it out")
+    parser.add_argument("--plain-rounds", type=int, default=1, help="of plain PyTorch; 0 leaves it out [1]")
     parser.add_argument("--scratch", help="folder for chatglm.cpp's model file [the system's temporary one]")
     parser.add_argument("--out")
     parser.add_argument("--side", choices=(NATIVE, PLAIN, PEER, LIMITS), help=argparse.SUPPRESS)
@@ -98,9 +98,11 @@ def serve(side: str, layers: int, slots: int, file: str | None) -> None:
     say({"ready": facts})
     for line in sys.stdin:
         asked = json.loads(line)
+        own = time.process_time()
         times = list(run(asked["prompt"], asked["steps"]))
+        own = time.process_time() - own
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        say({"prefill_s": times[0], "decode_s": times[1:], "peak_rss_bytes": peak})
+        say({"prefill_s": times[0], "decode_s": times[1:], "peak_rss_bytes": peak, "own_cpu_s": own})
 
 
 def say(message: dict[str, Any]) -> None:
@@ -205,10 +207,15 @@ class Side:
         self.rounds: list[dict[str, Any]] = []
 
     def ask(self, **message: Any) -> dict[str, Any]:
+        """Its times, and the cores that others (and the host of a virtual machine) took meanwhile."""
         assert self.process.stdin is not None
+        began, used = time.perf_counter(), cpu_seconds()
         self.process.stdin.write(json.dumps(message) + "\n")
         self.process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        others = cpu_seconds() - used - answer.pop("own_cpu_s")
+        answer["cores_used_by_others"] = round(max(0.0, others) / (time.perf_counter() - began), 2)
+        return answer
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -233,6 +240,7 @@ class Side:
             "decode_tokens_per_s_by_round": [1 / statistics.median(each["decode_s"]) for each in self.rounds],
             "prefill_tokens_per_s": prompt_tokens / statistics.median(firsts),
             "prefill_s": firsts,
+            "cores_used_by_others_by_round": [each["cores_used_by_others"] for each in self.rounds],
             "peak_rss_bytes": max(each["peak_rss_bytes"] for each in self.rounds),
         }
 
@@ -252,9 +260,8 @@ def compare(chosen: argparse.Namespace) -> dict[str, Any]:
             sides[PEER].facts["weight_bytes_per_step"] = read
         for side in sides.values():
             side.ask(prompt=short, steps=2)
-        before, busy = Side(LIMITS, sys.executable, chosen).facts, []
+        before = Side(LIMITS, sys.executable, chosen).facts
         for number in range(chosen.rounds):
-            busy.append(busy_share())
             for name, side in sides.items():
                 side.rounds.append(side.ask(prompt=prompt, steps=chosen.new_tokens))
                 print(f"round {number + 1}, {name}: {brief(side.rounds[-1], len(prompt))}", file=sys.stderr)
@@ -281,30 +288,24 @@ def compare(chosen: argparse.Namespace) -> dict[str, Any]:
         "new_tokens": chosen.new_tokens,
         "limits_before": before,
         "limits_after": after,
-        "cores_used_by_others_before_each_round": [round(share, 2) for share in busy],
         "results": results,
     }
 
 
 def brief(times: dict[str, Any], tokens: int) -> str:
     step = statistics.median(times["decode_s"])
-    return f"first pass {tokens / times['prefill_s']:.1f} tokens/s, then {1 / step:.2f} tokens/s"
+    others = times["cores_used_by_others"]
+    return f"first pass {tokens / times['prefill_s']:.1f} tokens/s, then {1 / step:.2f} tokens/s; others {others} cores"
 
 
-def busy_share(seconds: float = 1.0) -> float:
-    """Cores that are at work while every side waits."""
-
-    def used() -> float:
-        with open("/proc/stat", encoding="ascii") as lines:
-            numbers = [int(number) for number in lines.readline().split()[1:]]
-        return (sum(numbers[:8]) - numbers[3] - numbers[4]) / os.sysconf("SC_CLK_TCK")
-
+def cpu_seconds() -> float:
+    """Seconds that all cores have worked, or were taken from this machine; 0 where the system does not tell."""
     try:
-        begin = used()
-        time.sleep(seconds)
-        return (used() - begin) / seconds
+        with open("/proc/stat", encoding="ascii") as lines:
+            ticks = [int(number) for number in lines.readline().split()[1:9]]
     except OSError:
         return 0.0
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> dict[str, Any]:
