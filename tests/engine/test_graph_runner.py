@@ -14,7 +14,8 @@ import torch
 from test_golden_generation import CASES, answer, settings
 
 from chatglm.engine import Engine, KVCache, Runner, Sampler, beam_search
-from chatglm.engine.fast_network import FastNetwork, Unsupported, prefix_lm_attention
+from chatglm.engine.fast_network import FastNetwork, Unsupported
+from chatglm.engine.fast_prefill import prefix_lm_attention
 from chatglm.engine.graph_runner import GraphRunner, make_runner
 from chatglm.kernels.gpu import operations
 from chatglm.model import GLM, plain_attention
@@ -241,3 +242,21 @@ def test_weight_bytes_are_what_a_step_reads() -> None:
     network = FastNetwork(model, operations("torch"))
     parameters = sum(p.numel() * p.itemsize for p in model.parameters())
     assert network.num_bytes == parameters
+
+
+def test_a_first_pass_in_slices_gives_the_bits_of_one_at_once():
+    model = plain_model(next(iter(CASES))[0])
+    end = [model.config.gmask_token_id, model.config.bos_token_id]
+    logits = []
+    for budget in (1, 10_000):
+        runner = graph_engine(model).runner
+        sequences = [sequence_of(model, [5, 6, 7 + number, *end]) for number in range(2)]
+        for sequence in sequences:
+            sequence.slots = runner.cache.allocate(16)
+        pending, made, slices = runner.begin(sequences), None, 0
+        while made is None:
+            made, slices = pending.advance(budget), slices + 1
+        assert slices == (model.config.num_layers if budget == 1 else 1) and pending.work_left == 0
+        assert [sequence.cached for sequence in sequences] == [5, 5]
+        logits.append(made)
+    assert torch.equal(*logits)

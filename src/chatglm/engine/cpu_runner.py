@@ -16,11 +16,11 @@ from ..kernels.probe import choose_kernels
 from ..model import GLM, Attend, sdpa_attention
 from ..model.positions import generation_positions
 from .kv_cache import KVCache
-from .runner import Runner
+from .runner import Runner, SlicedPrefill
 from .sequence import Sequence
 
 if TYPE_CHECKING:
-    from ..kernels.cpu.network import CpuNetwork, FirstPass
+    from ..kernels.cpu.network import CpuNetwork
 
 MOST_PREFILL_TOKENS = 2_048
 """Tokens of one first pass; more sequences follow in another. Bounds the memory of activations."""
@@ -58,6 +58,10 @@ class CpuRunner(Runner):
         super().__init__(model, cache, attend)
         self.network = network
 
+    @property
+    def can_pause(self) -> bool:
+        return self.network.can_prefill
+
     @torch.inference_mode()
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """First pass over contexts, laid one after the other without padding."""
@@ -71,7 +75,7 @@ class CpuRunner(Runner):
         assert logits is not None
         return logits
 
-    def begin(self, sequences: list[Sequence]) -> NativePrefill:
+    def begin(self, sequences: list[Sequence]) -> SlicedPrefill:
         """A first pass over these sequences, to be run with `advance`; slots must be allocated, `can_prefill` true."""
         contents = [[*s.context_ids, s.start_id, *s.generated_ids] for s in sequences]
         front = self.prefix_length
@@ -86,7 +90,7 @@ class CpuRunner(Runner):
             [(len(row), len(s.context_ids)) for s, row in zip(sequences, contents, strict=True)],
             torch.tensor([s.slots[:front] for s in sequences], dtype=torch.int32) if front else None,
         )
-        return NativePrefill(first_pass, sequences, [front + len(row) for row in contents])
+        return SlicedPrefill(first_pass, sequences, [front + len(row) for row in contents])
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, tables: list[list[int]], owners: list[Sequence]) -> Tensor:
@@ -107,31 +111,6 @@ class CpuRunner(Runner):
             results.append(self.step(torch.tensor(part), tables, [sequence] * len(part)).clone())
         sequence.cached += 1
         return torch.cat(results)
-
-
-class NativePrefill:
-    """A first pass over several sequences that can be paused between layers.
-
-    work_left  tokens times layers that are still to be run
-    """
-
-    def __init__(self, first_pass: FirstPass, sequences: list[Sequence], cached: list[int]) -> None:
-        self._pass, self._sequences, self._cached = first_pass, sequences, cached
-
-    @property
-    def work_left(self) -> int:
-        return self._pass.tokens * self._pass.layers_left
-
-    def advance(self, budget: int) -> Tensor | None:
-        """Run layers worth about `budget` (tokens times layers), at least one.
-
-        Returns fp32 logits [sequences, vocab] of each one's last token once all layers have run.
-        """
-        logits = self._pass.advance(max(1, budget // self._pass.tokens))
-        if logits is not None:
-            for sequence, cached in zip(self._sequences, self._cached, strict=True):
-                sequence.cached = cached
-        return logits
 
 
 def _parts(sequences: list[Sequence]) -> list[list[Sequence]]:

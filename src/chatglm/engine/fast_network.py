@@ -9,7 +9,6 @@ Source: spec of the network in model/block.py, of each step in kernels/gpu/plain
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from types import ModuleType
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..kernels.gpu import FusedNorm, PackedWeight, to_streams
-from ..model import GLM, sdpa_attention
+from ..model import GLM
 from ..model.block import Block
-from ..model.rotary import rotary_frequencies, rotary_table
+from ..model.rotary import rotary_frequencies
+from .fast_prefill import FirstPass, Rest
 from .kv_cache import KVCache
 from .step_buffers import StepBuffers
 
@@ -45,16 +45,6 @@ class FastLayer:
     post_norm: nn.LayerNorm
     up: FastLinear
     down: FastLinear
-
-
-@dataclass(frozen=True)
-class Rest:
-    """What a linear left for the next norm: shares of its output, its bias, and the residual beside it."""
-
-    parts: Tensor
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-    residual_streams: int = 1
 
 
 class Unsupported(Exception):
@@ -134,7 +124,7 @@ class FastNetwork:
             for number, layer in enumerate(self.layers):
                 rest = self._decode_layer(number, layer, rest, step, cache, batch, overlap)
             head_input = step.normalised[0][:batch]
-            self._norm(self.final_norm, rest, head_input, None, self.head.weight.streams, overlap)
+            self.norm(self.final_norm, rest, head_input, None, self.head.weight.streams, overlap)
             self._linear(head_input, FastLinear(self.head.weight, None), logits, overlap=overlap)
         operations.best_tokens(
             step.logits[:batch],
@@ -186,19 +176,19 @@ class FastNetwork:
         streams = layer.qkv.weight.streams
         first, second = (buffer[:batch] for buffer in step.normalised)
         first_kept, second_kept = (None if self.is_normalised else buffer[:batch] for buffer in step.kept)
-        self._norm(layer.input_norm, rest, first, first_kept, streams, overlap)
+        self.norm(layer.input_norm, rest, first, first_kept, streams, overlap)
         qkv = self._parts(step.wide, layer.qkv, batch)
         self._linear(first, FastLinear(layer.qkv.weight, None), qkv, overlap=overlap)
         self._attention(number, layer, qkv, step, cache, overlap)
         dense = self._parts(step.narrow, layer.dense, batch)
         self._linear(step.mixed[:batch], FastLinear(layer.dense.weight, None), dense, overlap=overlap)
-        rest = self._rest(dense, layer.dense, first, streams, first_kept)
-        self._norm(layer.post_norm, rest, second, second_kept, layer.up.weight.streams, overlap)
+        rest = self.rest(dense, layer.dense, first, streams, first_kept)
+        self.norm(layer.post_norm, rest, second, second_kept, layer.up.weight.streams, overlap)
         inner, inner_streams = step.inner[:batch], layer.down.weight.streams
         self._linear(second, layer.up, inner[None], use_gelu=True, out_streams=inner_streams, overlap=overlap)
         down = self._parts(step.narrow, layer.down, batch)
         self._linear(inner, FastLinear(layer.down.weight, None), down, overlap=overlap)
-        return self._rest(down, layer.down, second, layer.up.weight.streams, second_kept)
+        return self.rest(down, layer.down, second, layer.up.weight.streams, second_kept)
 
     def _attention(
         self, number: int, layer: FastLayer, qkv: Tensor, step: StepBuffers, cache: KVCache, overlap: bool
@@ -222,7 +212,7 @@ class FastNetwork:
             overlap=overlap,
         )
 
-    def _norm(
+    def norm(
         self, norm: nn.LayerNorm, rest: Rest, out: Tensor, kept: Tensor | None, streams: int, overlap: bool
     ) -> None:
         self.operations.norm(
@@ -240,7 +230,7 @@ class FastNetwork:
             overlap=overlap,
         )
 
-    def _rest(self, parts: Tensor, linear: FastLinear, normalised: Tensor, streams: int, kept: Tensor | None) -> Rest:
+    def rest(self, parts: Tensor, linear: FastLinear, normalised: Tensor, streams: int, kept: Tensor | None) -> Rest:
         """The residual is the normalised input (post_scaled) or the sum before the norm (pre)."""
         if kept is None:
             return Rest(parts, linear.bias, normalised, streams)
@@ -256,50 +246,13 @@ class FastNetwork:
     def prefill(
         self, ids: Tensor, positions: Tensor, slots: Tensor, rows: list[tuple[int, int]], cache: KVCache
     ) -> Tensor:
-        """First pass over contexts laid one after the other, without padding; fp32 logits of each one's last token.
+        """A first pass at once; see fast_prefill.FirstPass."""
+        first_pass = FirstPass(self, ids, positions, slots, rows, cache)
+        logits = first_pass.advance(first_pass.layers_left)
+        assert logits is not None
+        return logits
 
-        ids        int64 [tokens]
-        positions  int64 [1, 2, tokens], or [1, tokens] for rotary_1d
-        slots      int64 [tokens]: where keys and values go
-        rows       for each sequence its tokens in all, and those of its context, which see each other
-        returns    [sequences, vocab]
-        """
-        operations, config = self.operations, self.config
-        tokens, hidden_size = ids.shape[0], config.hidden_size
-        rotary = rotary_table(positions, config)  # [1, 1, tokens, streams, half]
-        cosines, sines = rotary.cos.reshape(tokens, -1), rotary.sin.reshape(tokens, -1)
-        rest = Rest(self.embedding(ids)[None].to(self.dtype))
-
-        def new(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device=self.device)
-
-        first, second, branch = new(tokens, hidden_size), new(tokens, hidden_size), new(tokens, hidden_size)
-        keeps = (None, None) if self.is_normalised else (new(tokens, hidden_size), new(tokens, hidden_size))
-        qkv, inner = new(tokens, 3 * hidden_size), new(tokens, config.inner_hidden_size)
-        heads = new(3, tokens, config.num_heads, config.head_dim)
-        for number, layer in enumerate(self.layers):
-            self._norm(layer.input_norm, rest, first, keeps[0], 1, False)
-            self._product(first, layer.qkv, qkv)
-            operations.split_heads(
-                qkv, cosines, sines, cache.keys[number], cache.values[number], slots, heads,
-                rotary_streams=self.rotary_streams, per_head=self.per_head,
-            )  # fmt: skip
-            mixed = prefix_lm_attention(heads, rows)
-            self._product(mixed, layer.dense, branch)
-            rest = self._rest(branch[None], layer.dense, first, 1, keeps[0])
-            rest = Rest(rest.parts, None, rest.residual)
-            self._norm(layer.post_norm, rest, second, keeps[1], 1, False)
-            self._product(second, layer.up, inner)
-            operations.gelu_(inner)
-            self._product(inner, layer.down, branch)
-            rest = Rest(branch[None], None, second if keeps[1] is None else keeps[1])
-        last = torch.tensor([total for total, _ in rows], device=self.device).cumsum(0) - 1
-        final = new(len(rows), hidden_size)
-        residual = None if rest.residual is None else rest.residual[last]
-        self._norm(self.final_norm, Rest(rest.parts[:, last], None, residual), final, None, 1, False)
-        return self._logits(final)
-
-    def _product(self, hidden: Tensor, linear: FastLinear, out: Tensor) -> None:
+    def product(self, hidden: Tensor, linear: FastLinear, out: Tensor) -> None:
         """Hidden · weightᵀ + bias of many tokens, by the library; quantised weights are expanded one at a time."""
         weight = linear.weight
         if weight.scale is None:
@@ -324,42 +277,13 @@ class FastNetwork:
     def _all_linears(self) -> list[FastLinear]:
         return [part for layer in self.layers for part in (layer.qkv, layer.dense, layer.up, layer.down)]
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Scores of a few tokens in the usual order, at most 64 at a time."""
         logits = torch.empty(hidden.shape[0], self.head.weight.rows, dtype=torch.float32, device=self.device)
         for start in range(0, hidden.shape[0], 64):
             part = to_streams(hidden[start : start + 64], self.head.weight.streams).contiguous()
             self._linear(part, FastLinear(self.head.weight, None), logits[None, start : start + 64])
         return logits
-
-
-def prefix_lm_attention(heads: Tensor, rows: list[tuple[int, int]]) -> Tensor:
-    """Attention of sequences laid one after the other, each a context that sees itself and an answer that sees all
-    before it: two calls of the library's fused attention instead of a mask.
-
-    heads    [3, tokens, heads, head_dim]: turned query, turned key, value
-    rows     for each sequence its tokens and those of its context
-    returns  [tokens, heads * head_dim]
-    """
-    mixed = torch.empty_like(heads[0])
-    start = 0
-    for (total, context), alike in itertools.groupby(rows):  # neighbours of one shape in one call
-        count = len(list(alike))
-        span = slice(start, start + count * total)
-        query, key, value, result = (
-            part[span].unflatten(0, (count, total)).transpose(1, 2) for part in (*heads, mixed)
-        )  # [sequences, heads, tokens, head_dim]
-        if context:
-            first = slice(0, context)
-            result[:, :, first] = sdpa_attention(query[:, :, first], key[:, :, first], value[:, :, first], None)
-        if total - context == 1:
-            result[:, :, context:] = sdpa_attention(query[:, :, context:], key, value, None)
-        elif total > context:
-            place = torch.arange(total, device=heads.device)
-            is_later = place > place[context:, None]
-            result[:, :, context:] = sdpa_attention(query[:, :, context:], key, value, is_later)
-        start += count * total
-    return mixed.flatten(1)
 
 
 def _linear(name: str, module: nn.Module) -> FastLinear:

@@ -21,8 +21,9 @@ from ..model import GLM, Attend, sdpa_attention
 from ..model.positions import generation_positions
 from .cpu_runner import native_runner
 from .fast_network import FastNetwork, Unsupported
+from .fast_prefill import FirstPass
 from .kv_cache import KVCache
-from .runner import Runner
+from .runner import Runner, SlicedPrefill
 from .sampler import Sampler, Samples
 from .sequence import Sequence
 from .step_buffers import StepBuffers
@@ -117,11 +118,23 @@ class GraphRunner(Runner):
         self._held: list[TableKey | None] = [None] * BUCKETS[-1]  # whose table lies in which row
         self._ahead: StepAhead | None = None
 
+    @property
+    def can_pause(self) -> bool:
+        return not self.prefix_length
+
     @torch.inference_mode()
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """First pass over contexts, laid one after the other without padding."""
-        if self.prefix_length:
+        if not self.can_pause:
             return super().prefill(sequences)
+        pending = self.begin(sequences)
+        logits = pending.advance(pending.work_left)
+        assert logits is not None
+        return logits
+
+    @torch.inference_mode()
+    def begin(self, sequences: list[Sequence]) -> SlicedPrefill:
+        """A first pass over these sequences, to be run with `advance`; slots must be allocated, `can_pause` true."""
         device = self.model.device
         contents = [[*s.context_ids, s.start_id, *s.generated_ids] for s in sequences]
         ids = torch.tensor([token for row in contents for token in row], device=device)
@@ -133,10 +146,8 @@ class GraphRunner(Runner):
         padded = generation_positions(layout, longest, self.model.config)  # [sequences, (2,) longest]
         positions = torch.cat([padded[i, ..., : len(row)] for i, row in enumerate(contents)], dim=-1)[None]
         rows = [(len(row), len(s.context_ids)) for s, row in zip(sequences, contents, strict=True)]
-        logits = self.network.prefill(ids, positions, slots, rows, self.cache)
-        for sequence, row in zip(sequences, contents, strict=True):
-            sequence.cached = len(row)
-        return logits
+        first_pass = FirstPass(self.network, ids, positions, slots, rows, self.cache)
+        return SlicedPrefill(first_pass, sequences, [len(row) for row in contents])
 
     @torch.inference_mode()
     def decode(self, sequences: list[Sequence]) -> Tensor:

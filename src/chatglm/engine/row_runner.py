@@ -16,9 +16,8 @@ from torch import Tensor
 from ..model import sdpa_attention
 from ..model.positions import generation_positions
 from ..model.rotary import Rotary, rotary_table
-from .cpu_runner import CpuRunner, NativePrefill
 from .kv_cache import KVCache
-from .runner import Runner
+from .runner import Runner, SlicedPrefill
 from .sequence import Sequence
 
 MIN_ROWS = 4
@@ -27,6 +26,10 @@ MIN_ROWS = 4
 
 class RowRunner(Runner):
     """The plain Runner's contract, sequence by sequence where it matters. Rotary models without a tuned prefix."""
+
+    @property
+    def can_pause(self) -> bool:
+        return True
 
     def begin(self, sequences: list[Sequence]) -> PackedPrefill:
         """A first pass over these sequences, to be run with `advance`; slots must be allocated."""
@@ -198,11 +201,9 @@ class WholePrefill:
         return self._runner.prefill(self._sequences)
 
 
-Prefill = PackedPrefill | NativePrefill | WholePrefill
+Prefill = PackedPrefill | SlicedPrefill | WholePrefill
 
 
 def begin_prefill(runner: Runner, sequences: list[Sequence]) -> Prefill:
     """A first pass in the finest slices that the runner has."""
-    if isinstance(runner, RowRunner) or (isinstance(runner, CpuRunner) and runner.network.can_prefill):
-        return runner.begin(sequences)
-    return WholePrefill(runner, sequences)
+    return runner.begin(sequences) if runner.can_pause else WholePrefill(runner, sequences)

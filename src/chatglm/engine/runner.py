@@ -6,6 +6,7 @@ Everything follows from lengths: masks, positions and cache slots. Token ids are
 from __future__ import annotations
 
 import itertools
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +16,45 @@ from ..model.positions import Layout, generation_positions, prefix_blocked
 from .kv_cache import DecodeView, KVCache, PrefillView
 from .sampler import Sampler, Samples
 from .sequence import Sequence
+
+
+class Layers(Protocol):
+    """A first pass that knows its layers."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def layers_left(self) -> int: ...
+
+    def advance(self, layers: int) -> Tensor | None:
+        """Run so many layers; logits of each sequence's last token after the last one."""
+        ...
+
+
+class SlicedPrefill:
+    """A first pass over several sequences that can be paused between layers.
+
+    work_left  tokens times layers that are still to be run
+    """
+
+    def __init__(self, first_pass: Layers, sequences: list[Sequence], cached: list[int]) -> None:
+        self._pass, self._sequences, self._cached = first_pass, sequences, cached
+
+    @property
+    def work_left(self) -> int:
+        return self._pass.tokens * self._pass.layers_left
+
+    def advance(self, budget: int) -> Tensor | None:
+        """Run layers worth about `budget` (tokens times layers), at least one.
+
+        Returns fp32 logits [sequences, vocab] of each one's last token once all layers have run.
+        """
+        logits = self._pass.advance(max(1, budget // self._pass.tokens))
+        if logits is not None:
+            for sequence, cached in zip(self._sequences, self._cached, strict=True):
+                sequence.cached = cached
+        return logits
 
 
 class Runner:
@@ -33,6 +73,15 @@ class Runner:
         self.cache = cache
         self.attend = attend
         self.prefix_length = model.config.pre_seq_len or 0
+
+    @property
+    def can_pause(self) -> bool:
+        """Whether `begin` gives first passes that can be run in slices."""
+        return False
+
+    def begin(self, sequences: list[Sequence]) -> Any:
+        """A first pass over these sequences to be run with `advance`, where `can_pause`; slots must be allocated."""
+        raise NotImplementedError
 
     def slots_needed(self, sequence: Sequence) -> int:
         """Cache slots of the whole sequence; the last token is never fed back."""

@@ -95,13 +95,17 @@ class ServingEngine(StreamKeeper):
     # A step
 
     def step(self) -> list[StreamEvent]:
-        """One slice of a first pass or one decode step, in turns where both wait."""
+        """One slice of a first pass or one decode step, in turns where both wait; on a device that works by itself the
+        slice is prepared while the step runs.
+        """
         now = self._clock()
         self.counters.steps += 1
         self._drop_late(now)
         self.contexts.drop_old(now)
         self._admit(now)
-        if self.pending and not (self._was_prefill and self.running):
+        if self.launches_early and self.pending and self.running:
+            self._decode(beside=lambda: self._advance(now))
+        elif self.pending and not (self._was_prefill and self.running):
             self._was_prefill = True
             self._advance(now)
         elif self.running:
@@ -278,7 +282,7 @@ class ServingEngine(StreamKeeper):
 
     # Decode steps
 
-    def _decode(self) -> None:
+    def _decode(self, beside: Callable[[], None] | None = None) -> None:
         """One token for the streams whose turn it is.
 
         On a device that works by itself the step after it begins before this one's tokens are made text and told, so
@@ -286,11 +290,11 @@ class ServingEngine(StreamKeeper):
         """
         flight = self._flight or self._launch()
         self._flight = None
-        if flight is None:
-            return
-        taken = self._accept(flight.draws, flight.is_current)
-        if self.launches_early and self._can_go_on():
+        taken = [] if flight is None else self._accept(flight.draws, flight.is_current)
+        if flight is not None and self.launches_early and self._can_go_on():
             self._flight = self._launch()
+        if beside is not None:
+            beside()
         self._tell(taken)
 
     def _launch(self) -> Flight | None:

@@ -112,14 +112,21 @@ def _prefill_budget(runner: Runner, rows: int, steps: float) -> int | None:
         began = time.perf_counter()
         passes = begin_prefill(runner, [first])
         passes.advance(passes.work_left)
-        pass_times.append(time.perf_counter() - began)
+        pass_times.append(_seconds_since(began, runner))
         began = time.perf_counter()
         _step(runner, rows)
-        step_times.append(time.perf_counter() - began)
+        step_times.append(_seconds_since(began, runner))
     tokens = len(first.context_ids) + 1
     per_token = statistics.median(pass_times) / tokens
     least, most = BUDGET_TOKENS
     return int(min(most, max(least, steps * statistics.median(step_times) / per_token))) * layers
+
+
+def _seconds_since(began: float, runner: Runner) -> float:
+    """Once the device has done what it was given."""
+    if runner.model.device.type == "cuda":
+        torch.cuda.synchronize(runner.model.device)
+    return time.perf_counter() - began
 
 
 def _peak(device: torch.device) -> int:
