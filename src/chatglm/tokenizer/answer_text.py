@@ -1,14 +1,14 @@
 """AnswerText: generated ids → the text a person reads, piece by piece.
 
 Three stages, each holding back what later tokens could still change: whole characters (StreamDecoder), the original's
-post-processing of answers (`normalize_answer`), stop strings. The pieces join to the full text.
+post-processing of answers (`normalize_piece`), stop strings. The pieces join to the full text.
 """
 
 from __future__ import annotations
 
 import re
 
-from .response import TRAINING_TIME_MARK, normalize_answer
+from .response import TRAINING_TIME_MARK, normalize_piece
 from .stop_strings import StopStrings
 from .streaming import StreamDecoder
 from .tokenizer import Tokenizer
@@ -34,8 +34,8 @@ class AnswerText:
         self._decoder = StreamDecoder(tokenizer, keep_first_blank=keep_first_blank)
         self._stop = StopStrings(stop)
         self._normalize = normalize
-        self._raw = ""
-        self._settled = 0
+        self._raw = ""  # what is not settled yet
+        self._last = ""  # the character given out last
 
     @property
     def is_stopped(self) -> bool:
@@ -63,10 +63,13 @@ class AnswerText:
         return piece
 
     def _normalized(self, new: str, is_last: bool) -> str:
+        """Only what is new is looked at: a form depends on the neighbouring characters alone."""
         self._raw += new
-        stable = self._raw if is_last else self._raw[: _stable_length(self._raw)]
-        normalized = normalize_answer(stable)
-        piece, self._settled = normalized[self._settled :], len(normalized)
+        end = len(self._raw) if is_last else _stable_length(self._raw)
+        part, self._raw = self._raw[:end], self._raw[end:]
+        part = part if self._last else part.lstrip()
+        piece = normalize_piece(part.rstrip() if is_last else part, self._last)
+        self._last = piece[-1:] or self._last
         return piece
 
 

@@ -21,5 +21,10 @@ def normalize_answer(text: str) -> str:
     Edge blanks are removed, the training-time mark becomes 2023年, and `, ! : ; ?` directly before or after a character
     U+4E00 to U+9FFF become full-width.
     """
-    text = text.strip().replace(TRAINING_TIME_MARK, "2023年")
-    return _BESIDE_CHINESE.sub(lambda match: match[0].translate(_FULL_WIDTH), text)
+    return normalize_piece(text.strip(), "")
+
+
+def normalize_piece(text: str, before: str) -> str:
+    """A part of an answer, with nothing removed at its edges. before: the character in front of it, as it was shown."""
+    whole = before + text.replace(TRAINING_TIME_MARK, "2023年")
+    return _BESIDE_CHINESE.sub(lambda match: match[0].translate(_FULL_WIDTH), whole)[len(before) :]
