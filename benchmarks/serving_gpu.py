@@ -82,22 +82,24 @@ def command(given: argparse.Namespace, *more: str) -> list[str]:
 
 def serve(dtype: str, given: argparse.Namespace) -> None:
     """The server process: the project's own, with random weights."""
-    import torch
-
     from chatglm.engine.loading import LoadedModel
-    from chatglm.engine.placement import DTYPES, choose_placement
-    from chatglm.evaluation.speed import SpeedSettings, _load
+    from chatglm.engine.placement import choose_placement
+    from chatglm.engine.random_model import random_model
     from chatglm.server.backend import Backend
     from chatglm.server.logs import RequestLog
     from chatglm.server.running import bind, run_server
     from chatglm.server.settings import ServerSettings
     from chatglm.tokenizer import Tokenizer
 
-    model = _load(SpeedSettings(random_shape=given.shape, dtype=dtype, device=given.device))
+    config, bits = RANDOM_SHAPES[given.shape], int(dtype[-1]) if dtype in ("int8", "int4") else 0
+    form = config.quantized(bits) if bits else config
+    placement = choose_placement(given.device, "auto" if bits else dtype, 1)
+    model = random_model(
+        config, bits=bits, group_size=form.quantization_group_size, embedding_bits=form.embedding_bits,
+        dtype=placement.dtype, device=placement.device,
+    )  # fmt: skip
     silence_specials(model)
     tokenizer = Tokenizer.from_file(ROOT / "tests" / "data" / "tokenizer" / "ice_text.model", config=model.config)
-    placement = choose_placement(given.device, "auto" if dtype in ("int8", "int4") else dtype, 1)
-    assert placement.dtype in DTYPES.values() or torch.device(given.device).type == "cpu"
     loaded = LoadedModel(model, tokenizer, model.config, ROOT, placement, dtype)
     settings = ServerSettings(
         port=0, max_running=given.batch, max_waiting=100_000, queue_timeout_s=600, context_cache_s=0,
