@@ -10,6 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +148,15 @@ def stream_events(response: httpx.Response) -> list[dict[str, Any]]:
     lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line.startswith("data: ")]
     assert lines[-1] == "[DONE]"
     return [json.loads(line) for line in lines[:-1]]
+
+
+@contextmanager
+def served(*options: str, faults: dict[str, Any] | None = None) -> Iterator[ServerProcess]:
+    """A server for a module's tests; at the end nothing of it is left, and it stopped by itself."""
+    server = ServerProcess(*options, faults=faults)
+    try:
+        yield server
+        server.audit()
+        assert server.stop() == 0
+    finally:
+        server.close()

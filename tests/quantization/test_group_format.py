@@ -177,5 +177,5 @@ def test_a_wide_matrix_is_expanded_a_few_rows_at_a_time_to_the_same_numbers(
     weight = torch.randn(13, 64, generator=torch.Generator().manual_seed(4))
     packed, scale = quantize_groups(weight, bits, 16)
     at_once = dequantize_groups(packed, scale, bits, torch.bfloat16)
-    monkeypatch.setattr(group_format, "WIDE_ELEMENTS", 3 * packed.shape[1])
+    monkeypatch.setattr(group_format, "WIDE_BYTES", 3 * packed.shape[1])
     assert torch.equal(dequantize_groups(packed, scale, bits, torch.bfloat16), at_once)

@@ -13,7 +13,7 @@ from adapter_folders import low_rank_folder
 from chatglm.config import read_config
 from feedback_events import rows
 from page_client import PageClient
-from server_process import ServerProcess
+from server_process import served
 
 CONFIG = read_config(Path(chatglm.__file__).parent / "assets" / "mini" / "config.json")
 
@@ -26,13 +26,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def web(folder):
     loud = low_rank_folder(folder / "loud", CONFIG, seed=2, size=0.3)
-    server = ServerProcess("--web", "--feedback-db", str(folder / "feedback.db"), "--adapter", f"loud={loud}")
-    try:
+    with served("--web", "--feedback-db", str(folder / "feedback.db"), "--adapter", f"loud={loud}") as server:
         yield server
-        server.audit()
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ pytest.importorskip("gradio", reason="the extra `web` is not installed")
 
 from feedback_events import rows
 from page_client import PageClient
-from server_process import ServerProcess, until
+from server_process import served, until
 
 TYPED = {"system", "name", "question", "model", "consent", "rater", "language", "models", "side"}
 SAMPLING = {"temperature", "top-p", "top-k", "max-tokens", "repetition-penalty", "seed"}
@@ -28,27 +28,16 @@ def db(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def web(db):
-    server = ServerProcess("--web", "--feedback-db", str(db))
-    try:
+    with served("--web", "--feedback-db", str(db)) as server:
         yield server
-        server.audit()
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
     """A server whose answer to STORY takes half a minute."""
-    server = ServerProcess(
-        "--web", "--feedback-db", str(tmp_path_factory.mktemp("slow") / "feedback.db"), faults={"step_delay": 0.2}
-    )
-    try:
+    file = tmp_path_factory.mktemp("slow") / "feedback.db"
+    with served("--web", "--feedback-db", str(file), faults={"step_delay": 0.2}) as server:
         yield server
-        server.audit()
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from ..kernels.probe import choose_kernels
 from ..model import GLM, Attend, sdpa_attention
 from ..model.positions import generation_positions
 from .kv_cache import KVCache
-from .runner import Runner, SlicedPrefill
+from .runner import Runner, SlicedPrefill, WholePrefill
 from .sequence import Sequence
 
 if TYPE_CHECKING:
@@ -58,10 +58,6 @@ class CpuRunner(Runner):
         super().__init__(model, cache, attend)
         self.network = network
 
-    @property
-    def can_pause(self) -> bool:
-        return self.network.can_prefill
-
     @torch.inference_mode()
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """First pass over contexts, laid one after the other without padding."""
@@ -75,8 +71,10 @@ class CpuRunner(Runner):
         assert logits is not None
         return logits
 
-    def begin(self, sequences: list[Sequence]) -> SlicedPrefill:
-        """A first pass over these sequences, to be run with `advance`; slots must be allocated, `can_prefill` true."""
+    def begin(self, sequences: list[Sequence]) -> SlicedPrefill | WholePrefill:
+        """See Runner.begin."""
+        if not self.network.can_prefill:
+            return WholePrefill(self, sequences)
         contents = [[*s.context_ids, s.start_id, *s.generated_ids] for s in sequences]
         front = self.prefix_length
         slots = [s.slots[front : front + len(row)] for s, row in zip(sequences, contents, strict=True)]

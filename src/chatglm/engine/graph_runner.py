@@ -23,7 +23,7 @@ from .cpu_runner import native_runner
 from .fast_network import FastNetwork, Unsupported
 from .fast_prefill import FirstPass
 from .kv_cache import KVCache
-from .runner import Runner, SlicedPrefill
+from .runner import Runner, SlicedPrefill, WholePrefill
 from .sampler import Sampler, Samples
 from .sequence import Sequence
 from .step_buffers import StepBuffers
@@ -118,14 +118,10 @@ class GraphRunner(Runner):
         self._held: list[TableKey | None] = [None] * BUCKETS[-1]  # whose table lies in which row
         self._ahead: StepAhead | None = None
 
-    @property
-    def can_pause(self) -> bool:
-        return not self.prefix_length
-
     @torch.inference_mode()
     def prefill(self, sequences: list[Sequence]) -> Tensor:
         """First pass over contexts, laid one after the other without padding."""
-        if not self.can_pause:
+        if self.prefix_length:
             return super().prefill(sequences)
         pending = self.begin(sequences)
         logits = pending.advance(pending.work_left)
@@ -133,8 +129,10 @@ class GraphRunner(Runner):
         return logits
 
     @torch.inference_mode()
-    def begin(self, sequences: list[Sequence]) -> SlicedPrefill:
-        """A first pass over these sequences, to be run with `advance`; slots must be allocated, `can_pause` true."""
+    def begin(self, sequences: list[Sequence]) -> SlicedPrefill | WholePrefill:
+        """See Runner.begin."""
+        if self.prefix_length:
+            return WholePrefill(self, sequences)
         device = self.model.device
         contents = [[*s.context_ids, s.start_id, *s.generated_ids] for s in sequences]
         ids = torch.tensor([token for row in contents for token in row], device=device)

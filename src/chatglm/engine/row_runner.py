@@ -17,7 +17,7 @@ from ..model import sdpa_attention
 from ..model.positions import generation_positions
 from ..model.rotary import Rotary, rotary_table
 from .kv_cache import KVCache
-from .runner import Runner, SlicedPrefill
+from .runner import Runner
 from .sequence import Sequence
 
 MIN_ROWS = 4
@@ -26,10 +26,6 @@ MIN_ROWS = 4
 
 class RowRunner(Runner):
     """The plain Runner's contract, sequence by sequence where it matters. Rotary models without a tuned prefix."""
-
-    @property
-    def can_pause(self) -> bool:
-        return True
 
     def begin(self, sequences: list[Sequence]) -> PackedPrefill:
         """A first pass over these sequences, to be run with `advance`; slots must be allocated."""
@@ -185,25 +181,3 @@ class PackedPrefill:
         last = self.hidden[0, self._ends.to(model.device)]  # [sequences, hidden]
         last = torch.cat((last, last[-1:].expand(max(0, MIN_ROWS - len(last)), -1)))
         return model.logits(last)[: len(self._sequences)]
-
-
-class WholePrefill:
-    """The same contract over a runner whose first pass cannot be paused."""
-
-    def __init__(self, runner: Runner, sequences: list[Sequence]) -> None:
-        self._runner, self._sequences = runner, sequences
-        tokens = sum(s.num_prompt_tokens + len(s.generated_ids) for s in sequences)
-        self.work_left = tokens * runner.model.config.num_layers
-
-    def advance(self, budget: int) -> Tensor | None:
-        """All of it, whatever the budget."""
-        self.work_left = 0
-        return self._runner.prefill(self._sequences)
-
-
-Prefill = PackedPrefill | SlicedPrefill | WholePrefill
-
-
-def begin_prefill(runner: Runner, sequences: list[Sequence]) -> Prefill:
-    """A first pass in the finest slices that the runner has."""
-    return runner.begin(sequences) if runner.can_pause else WholePrefill(runner, sequences)

@@ -6,7 +6,7 @@ Everything follows from lengths: masks, positions and cache slots. Token ids are
 from __future__ import annotations
 
 import itertools
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,17 @@ from ..model.positions import Layout, generation_positions, prefix_blocked
 from .kv_cache import DecodeView, KVCache, PrefillView
 from .sampler import Sampler, Samples
 from .sequence import Sequence
+
+
+class Prefill(Protocol):
+    """A first pass under way. work_left: tokens times layers that are still to be run."""
+
+    @property
+    def work_left(self) -> int: ...
+
+    def advance(self, budget: int) -> Tensor | None:
+        """Run layers worth about `budget` (tokens times layers), at least one; logits once all layers have run."""
+        ...
 
 
 class Layers(Protocol):
@@ -74,14 +85,11 @@ class Runner:
         self.attend = attend
         self.prefix_length = model.config.pre_seq_len or 0
 
-    @property
-    def can_pause(self) -> bool:
-        """Whether `begin` gives first passes that can be run in slices."""
-        return False
-
-    def begin(self, sequences: list[Sequence]) -> Any:
-        """A first pass over these sequences to be run with `advance`, where `can_pause`; slots must be allocated."""
-        raise NotImplementedError
+    def begin(self, sequences: list[Sequence]) -> Prefill:
+        """A first pass over these sequences, to be run with `advance` in the finest slices that there are; slots must
+        be allocated.
+        """
+        return WholePrefill(self, sequences)
 
     def slots_needed(self, sequence: Sequence) -> int:
         """Cache slots of the whole sequence; the last token is never fed back."""
@@ -193,3 +201,17 @@ def _read_slots(tables: list[list[int]], longest: int, device: torch.device) -> 
     if len(tables) == 1 and is_run:
         return slice(table[0], table[-1] + 1)
     return torch.tensor([row + [0] * (longest - len(row)) for row in tables], device=device)
+
+
+class WholePrefill:
+    """The same contract over a runner whose first pass cannot be paused."""
+
+    def __init__(self, runner: Runner, sequences: list[Sequence]) -> None:
+        self._runner, self._sequences = runner, sequences
+        tokens = sum(s.num_prompt_tokens + len(s.generated_ids) for s in sequences)
+        self.work_left = tokens * runner.model.config.num_layers
+
+    def advance(self, budget: int) -> Tensor | None:
+        """All of it, whatever the budget."""
+        self.work_left = 0
+        return self._runner.prefill(self._sequences)

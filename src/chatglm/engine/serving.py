@@ -18,8 +18,7 @@ from ..errors import RequestError
 from .block_pool import blocks_for
 from .context_cache import Context
 from .kv_cache import BLOCK_SIZE
-from .row_runner import Prefill, begin_prefill
-from .runner import Runner
+from .runner import Prefill, Runner
 from .serving_sampler import ServingSampler
 from .serving_state import EngineLimits, Flight, Pending, StreamEvent
 from .stream import Group, Stream
@@ -90,7 +89,7 @@ class ServingEngine(StreamKeeper):
 
     def begin_pass(self, streams: list[Stream]) -> Prefill:
         """A first pass of one adapter's streams, which `advance` runs slice by slice."""
-        return begin_prefill(self.runners[self._owners[streams[0]].adapter], list(streams))
+        return self.runners[self._owners[streams[0]].adapter].begin(list(streams))
 
     # A step
 

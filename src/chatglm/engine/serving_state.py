@@ -6,7 +6,7 @@ import bisect
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .row_runner import Prefill
+from .runner import Prefill
 from .serving_sampler import Draws
 from .stream import Group, Stream, TokenInfo
 

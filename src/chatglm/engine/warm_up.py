@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .graph_runner import BUCKETS, GraphRunner
 from .kv_cache import BLOCK_SIZE
-from .row_runner import MIN_ROWS, RowRunner, WholePrefill, begin_prefill
-from .runner import Runner
+from .row_runner import MIN_ROWS, RowRunner
+from .runner import Runner, WholePrefill
 from .sampling import SamplingParams
 from .sequence import Sequence
 
@@ -105,7 +105,7 @@ def _prefill_budget(runner: Runner, rows: int, steps: float) -> int | None:
         first = _sequence(runner, 0, length)
         first.generated_ids = []
         first.slots = list(range(BLOCK_SIZE, capacity + BLOCK_SIZE))
-        passes = begin_prefill(runner, [first])
+        passes = runner.begin([first])
         passes.advance(passes.work_left)
     if isinstance(passes, WholePrefill):
         return None
@@ -113,7 +113,7 @@ def _prefill_budget(runner: Runner, rows: int, steps: float) -> int | None:
     pass_times, step_times = [], []
     for _ in range(REPEATS):
         began = time.perf_counter()
-        passes = begin_prefill(runner, [first])
+        passes = runner.begin([first])
         passes.advance(passes.work_left)
         pass_times.append(_seconds_since(began, runner))
         began = time.perf_counter()

@@ -116,7 +116,7 @@ def _check_finite(scale: Tensor, first_row: int) -> None:
         )
 
 
-WIDE_ELEMENTS = 1 << 23
+WIDE_BYTES = 1 << 23
 """Bytes of codes that are made fp32 at once."""
 
 
@@ -127,7 +127,7 @@ def dequantize_groups(packed: Tensor, scale: Tensor, bits: int, dtype: torch.dty
     """
     check_bits(bits)
     rows = packed.shape[0] if packed.dim() == 2 else 1
-    most = max(1, WIDE_ELEMENTS * rows // max(1, packed.numel()))
+    most = max(1, WIDE_BYTES * rows // max(1, packed.numel()))
     if dtype != torch.float16 and rows > most:
         whole = packed.new_empty((rows, packed.shape[1] * (2 if bits == 4 else 1)), dtype=dtype)
         for start in range(0, rows, most):

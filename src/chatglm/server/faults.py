@@ -10,7 +10,7 @@ from sqlite3 import Connection
 import torch
 from torch import Tensor
 
-from ..engine.row_runner import Prefill
+from ..engine.runner import Prefill
 from ..engine.serving import ServingEngine
 from ..engine.serving_state import StreamEvent
 from ..engine.stream import Stream
